@@ -1,0 +1,186 @@
+"""The autoencoder between pictures and latents: SDXL's (Podell et al. 2023, section 2.4), after Rombach et al. 2022."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from ..config import VAEConfig
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Blocks
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class ResBlock(nn.Module):
+    """Two convolutions and a shortcut."""
+
+    def __init__(self, in_channels: int, out_channels: int, groups: int) -> None:
+        super().__init__()
+        self.norm1 = nn.GroupNorm(groups, in_channels, eps=1e-6)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.norm2 = nn.GroupNorm(groups, out_channels, eps=1e-6)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.skip = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps x (B, C, h, w) to (B, C', h, w)."""
+        h = self.conv1(F.silu(self.norm1(x)))
+        return self.skip(x) + self.conv2(F.silu(self.norm2(h)))
+
+
+class Attention(nn.Module):
+    """Self-attention of one head over all pixels."""
+
+    def __init__(self, channels: int, groups: int) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
+        self.q = nn.Linear(channels, channels)
+        self.k = nn.Linear(channels, channels)
+        self.v = nn.Linear(channels, channels)
+        self.out = nn.Linear(channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps x (B, C, h, w) to (B, C, h, w)."""
+        y = rearrange(self.norm(x), "b c h w -> b 1 (h w) c")
+        y = F.scaled_dot_product_attention(self.q(y), self.k(y), self.v(y))
+        return x + rearrange(self.out(y), "b 1 (h w) c -> b c h w", h=x.shape[2])
+
+
+class Middle(nn.Module):
+    """The lowest resolution: attention between two residual blocks."""
+
+    def __init__(self, channels: int, groups: int) -> None:
+        super().__init__()
+        self.res = nn.ModuleList(ResBlock(channels, channels, groups) for _ in range(2))
+        self.attn = Attention(channels, groups)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps x (B, C, h, w) to (B, C, h, w)."""
+        return self.res[1](self.attn(self.res[0](x)))
+
+
+class Level(nn.Module):
+    """Residual blocks of one resolution."""
+
+    def __init__(self, in_channels: int, out_channels: int, num_layers: int, groups: int) -> None:
+        super().__init__()
+        widths = [in_channels] + [out_channels] * num_layers
+        self.res = nn.ModuleList(ResBlock(a, b, groups) for a, b in zip(widths, widths[1:], strict=False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps x (B, C, h, w) to (B, C', h, w)."""
+        for res in self.res:
+            x = res(x)
+        return x
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Encoder and decoder
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Encoder(nn.Module):
+    """Pictures to the mean and logarithmic variance of latents."""
+
+    def __init__(self, config: VAEConfig) -> None:
+        super().__init__()
+        channels, groups = config.channels, config.norm_groups
+        self.conv_in = nn.Conv2d(config.in_channels, channels[0], 3, padding=1)
+        self.down = nn.ModuleList()
+        for i, width in enumerate(channels):
+            level = Level(channels[max(i - 1, 0)], width, config.layers_per_block, groups)
+            if i < len(channels) - 1:
+                level.downsample = nn.Conv2d(width, width, 3, stride=2)
+            self.down.append(level)
+        self.mid = Middle(channels[-1], groups)
+        self.norm_out = nn.GroupNorm(groups, channels[-1], eps=1e-6)
+        self.conv_out = nn.Conv2d(channels[-1], 2 * config.latent_channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps x (B, 3, H, W) to (B, 8, H/8, W/8)."""
+        x = self.conv_in(x)
+        for level in self.down:
+            x = level(x)
+            if hasattr(level, "downsample"):
+                x = level.downsample(F.pad(x, (0, 1, 0, 1)))  # on the right and at the bottom only
+        return self.conv_out(F.silu(self.norm_out(self.mid(x))))
+
+
+class Decoder(nn.Module):
+    """Latents to pictures."""
+
+    def __init__(self, config: VAEConfig) -> None:
+        super().__init__()
+        channels, groups = config.channels[::-1], config.norm_groups
+        self.conv_in = nn.Conv2d(config.latent_channels, channels[0], 3, padding=1)
+        self.mid = Middle(channels[0], groups)
+        self.up = nn.ModuleList()
+        for i, width in enumerate(channels):
+            level = Level(channels[max(i - 1, 0)], width, config.layers_per_block + 1, groups)
+            if i < len(channels) - 1:
+                level.upsample = nn.Conv2d(width, width, 3, padding=1)
+            self.up.append(level)
+        self.norm_out = nn.GroupNorm(groups, channels[-1], eps=1e-6)
+        self.conv_out = nn.Conv2d(channels[-1], config.in_channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps x (B, 4, H/8, W/8) to (B, 3, H, W)."""
+        x = self.mid(self.conv_in(x))
+        for level in self.up:
+            x = level(x)
+            if hasattr(level, "upsample"):
+                x = level.upsample(F.interpolate(x, scale_factor=2))
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The model
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Posterior:
+    """The distribution of a picture's latents: a Gaussian with independent components, scaled for the UNet.
+
+    Attributes:
+        mean: (B, 4, H/8, W/8), also its mode.
+        std: (B, 4, H/8, W/8).
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def mode(self) -> Tensor:
+        """Gives the most probable latents, (B, 4, H/8, W/8)."""
+        return self.mean
+
+    def sample(self, noise: Tensor) -> Tensor:
+        """Gives the latents that unit noise (B, 4, H/8, W/8) selects."""
+        return self.mean + self.std * noise
+
+
+class VAE(nn.Module):
+    """The autoencoder, with latents in the UNet's scale on the outside. Computes in channels-last layout."""
+
+    def __init__(self, config: VAEConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.quant_conv = nn.Conv2d(2 * config.latent_channels, 2 * config.latent_channels, 1)
+        self.post_quant_conv = nn.Conv2d(config.latent_channels, config.latent_channels, 1)
+        self.decoder = Decoder(config)
+
+    def encode(self, pixels: Tensor) -> Posterior:
+        """Encodes pictures (B, 3, H, W) in [-1, 1], H and W multiples of 8."""
+        moments = self.quant_conv(self.encoder(pixels.contiguous(memory_format=torch.channels_last)))
+        mean, log_variance = moments.chunk(2, dim=1)
+        std = torch.exp(0.5 * log_variance.clamp(-30.0, 20.0))
+        return Posterior(self.config.scaling_factor * mean, self.config.scaling_factor * std)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Decodes latents (B, 4, H/8, W/8) to pictures (B, 3, H, W), about in [-1, 1] but not clamped."""
+        latents = (latents / self.config.scaling_factor).contiguous(memory_format=torch.channels_last)
+        return self.decoder(self.post_quant_conv(latents))

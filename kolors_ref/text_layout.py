@@ -1,0 +1,126 @@
+"""How tokens are laid out for the text encoder: the official padded layout, and one without repeated pads.
+
+Every pad of a prompt has the same id, the same position and the same (all-visible) attention row, so all of them stay
+equal through every layer. n equal keys weigh as much as one key with ln n added to its score: computing one pad instead
+of n is exact. Only ids, positions and bias differ between the two layouts; the encoder is the same.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .models.glm import GLMEncoder
+from .tokenizer import TokenBatch
+
+
+@dataclass(frozen=True)
+class TextEmbeddings:
+    """What the UNet is conditioned on, for N prompts.
+
+    Attributes:
+        sequence: (N, L, D), one embedding a key of the cross-attention.
+        pooled: (N, D).
+        key_bias: (N, L) float32, added to the cross-attention scores; None stands for zeros (the official layout).
+    """
+
+    sequence: Tensor
+    pooled: Tensor
+    key_bias: Tensor | None = None
+
+    def __getitem__(self, rows: Tensor | slice | list[int]) -> "TextEmbeddings":
+        """Selects or repeats prompts."""
+        key_bias = None if self.key_bias is None else self.key_bias[rows]
+        return TextEmbeddings(self.sequence[rows], self.pooled[rows], key_bias)
+
+    def to(self, *args: torch.device | torch.dtype) -> "TextEmbeddings":
+        """Moves the embeddings to a device or casts them; the key bias stays in float32."""
+        key_bias = None if self.key_bias is None else self.key_bias.to(self.sequence.to(*args).device)
+        return TextEmbeddings(self.sequence.to(*args), self.pooled.to(*args), key_bias)
+
+
+@dataclass(frozen=True)
+class TextLayout:
+    """The encoder's input for N prompts, and where each prompt's embeddings stand in its output.
+
+    Attributes:
+        input_ids, position_ids: (B, T).
+        bias: (B, T, T) float32, added to the attention scores.
+        pooled_at: (B, N / B), the last token of each prompt.
+        rows: (N, L), indices into the B * T positions of the output: each prompt's embeddings, pads first.
+        key_bias: (N, L) float32 or None, for the UNet's cross-attention.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    bias: Tensor
+    pooled_at: Tensor
+    rows: Tensor
+    key_bias: Tensor | None
+
+    def encode(self, encoder: GLMEncoder) -> TextEmbeddings:
+        """Runs the encoder on this layout, on the encoder's device."""
+        device = encoder.token_embed.weight.device
+        inputs = (self.input_ids, self.position_ids, self.bias, self.pooled_at)
+        sequence, pooled = encoder(*(tensor.to(device) for tensor in inputs))
+        key_bias = None if self.key_bias is None else self.key_bias.to(device)
+        return TextEmbeddings(sequence.flatten(0, 1)[self.rows.to(device)], pooled.flatten(0, 1), key_bias)
+
+
+def padded_layout(tokens: TokenBatch) -> TextLayout:
+    """Lays prompts out as the official pipeline does: one row a prompt, all its pads in it.
+
+    A token sees the tokens before it and no pad; a pad sees everything, later tokens and other pads included.
+    """
+    num_prompts, length = tokens.input_ids.shape
+    real = tokens.attention_mask.bool()
+    causal = torch.ones(length, length, dtype=torch.bool).tril()
+    visible = (causal & real[:, None, :]) | ~real[:, :, None]
+    return TextLayout(
+        input_ids=tokens.input_ids,
+        position_ids=tokens.position_ids,
+        bias=torch.zeros(visible.shape).masked_fill_(~visible, -math.inf),
+        pooled_at=torch.full((num_prompts, 1), length - 1),
+        rows=torch.arange(num_prompts * length).view(num_prompts, length),
+        key_bias=None,
+    )
+
+
+def packed_layout(tokens: TokenBatch) -> TextLayout:
+    """Lays all prompts in ONE row, one after the other, each with its n pads as a single token of weight n.
+
+    The cross-attention wants the same number of keys L for every prompt. A prompt of fewer tokens fills up with p
+    copies of its pad, each of weight n / p.
+    """
+    lengths = tokens.attention_mask.sum(1).tolist()
+    pads = [tokens.input_ids.shape[1] - length for length in lengths]
+    kept = [length + min(n, 1) for length, n in zip(lengths, pads, strict=True)]
+    num_keys, total = max(kept), sum(kept)
+
+    bias = torch.full((1, total, total), -math.inf)
+    rows = torch.empty(len(kept), num_keys, dtype=torch.long)
+    key_bias = torch.zeros(len(kept), num_keys)
+    ends: list[int] = []
+    for i, (length, n, start) in enumerate(zip(lengths, pads, [sum(kept[:i]) for i in range(len(kept))], strict=True)):
+        end = start + kept[i]
+        first = end - length
+        causal = torch.ones(length, length, dtype=torch.bool).tril()
+        bias[0, first:end, first:end] = torch.zeros(length, length).masked_fill_(~causal, -math.inf)
+        copies = num_keys - length
+        if n:
+            bias[0, start, start:end] = 0.0
+            bias[0, start, start] = math.log(n)
+            key_bias[i, :copies] = math.log(n / copies)
+        rows[i] = torch.cat([torch.full((copies,), start), torch.arange(first, end)])
+        ends.append(end - 1)
+    keep = torch.cat([torch.arange(tokens.input_ids.shape[1] - k, tokens.input_ids.shape[1]) for k in kept])
+    prompt = torch.repeat_interleave(torch.arange(len(kept)), torch.tensor(kept))
+    return TextLayout(
+        input_ids=tokens.input_ids[prompt, keep][None],
+        position_ids=tokens.position_ids[prompt, keep][None],
+        bias=bias,
+        pooled_at=torch.tensor(ends)[None],
+        rows=rows,
+        key_bias=key_bias,
+    )

@@ -1,0 +1,96 @@
+"""python -m weights_conversion inspect SRC | convert SRC DST --to LAYOUT | verify A B"""
+
+import argparse
+import sys
+from collections import Counter
+from typing import NoReturn
+
+import torch
+
+from weights_conversion.checkpoint import Checkpoint, open_checkpoint
+from weights_conversion.compare import differences
+from weights_conversion.convert import convert
+
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+SHOWN = 10  # differences that verify spells out
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """A parser whose mistakes are one line on stderr and exit status 2."""
+
+    def error(self, message: str) -> NoReturn:
+        """Ends the program with the message."""
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs one command; returns the exit status: 0 done or the same, 1 different, 2 a mistake, 130 interrupted."""
+    options = _parser().parse_args(arguments)
+    progress = sys.stderr.isatty()
+    try:
+        if options.command == "inspect":
+            print(describe(open_checkpoint(options.source, options.variant)))
+            return 0
+        if options.command == "verify":
+            return _verify(options.first, options.second, progress)
+        dtype = DTYPES.get(options.dtype)
+        convert(options.source, options.destination, options.to, dtype, options.force, options.variant, progress)
+        return 0
+    except KeyboardInterrupt:
+        print("weights_conversion: interrupted", file=sys.stderr)
+        return 130
+    except (OSError, ValueError) as error:
+        print(f"weights_conversion: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+
+
+def describe(checkpoint: Checkpoint) -> str:
+    """What a checkpoint is, in a few lines: layout, and for each network tensors, parameters, formats and sizes."""
+    lines = [f"{checkpoint.path}: layout {checkpoint.layout}"]
+    for name, network in checkpoint.networks.items():
+        counts: Counter[torch.dtype] = Counter()
+        for tensor in network.tensors.values():
+            counts[tensor.dtype] += tensor.numel()
+        formats = ", ".join(str(dtype).removeprefix("torch.") for dtype, _ in counts.most_common())
+        size = sum(dtype.itemsize * count for dtype, count in counts.items())
+        total = f"{counts.total():,} parameters in {len(network.tensors)} tensors"
+        lines.append(f"{name}: {total}, {formats}, {size / 1e9:.2f} GB")
+        lines += [f"    {field}: {value}" for field, value in (network.config or {}).items()]
+    if checkpoint.scheduler is not None:
+        lines.append(f"scheduler: {checkpoint.scheduler.get('_class_name', 'of no class')}")
+    if checkpoint.tokenizer is not None:
+        lines.append(f"tokenizer: {checkpoint.tokenizer.relative_to(checkpoint.path)}")
+    return "\n".join(lines)
+
+
+def _verify(first: str, second: str, progress: bool) -> int:
+    count = 0
+    for sentence in differences(open_checkpoint(first), open_checkpoint(second), progress):
+        count += 1
+        if count <= SHOWN:
+            print(sentence)
+    print(f"{count} differences" if count else "the same")
+    return 1 if count else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = OneLineParser(prog="weights_conversion", description="Look at, convert and compare Kolors checkpoints.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="inspect | convert | verify")
+    command = commands.add_parser("inspect", help="say what a checkpoint is")
+    command.add_argument("source", help="a checkpoint folder or a UNet file")
+    command.add_argument("--variant", help="the files to take where there are several, such as fp16")
+    command = commands.add_parser("convert", help="write a checkpoint in another layout")
+    command.add_argument("source", help="a checkpoint folder")
+    command.add_argument("destination", help="the folder to write")
+    command.add_argument("--to", required=True, choices=["kolors-ref", "diffusers"], help="the layout to write")
+    command.add_argument("--dtype", choices=list(DTYPES), help="cast floating-point tensors")
+    command.add_argument("--force", action="store_true", help="replace a checkpoint that stands at the destination")
+    command.add_argument("--variant", help="the files to take where there are several, such as fp16")
+    command = commands.add_parser("verify", help="compare two checkpoints: exit status 0 the same, 1 different")
+    command.add_argument("first")
+    command.add_argument("second")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
