@@ -16,6 +16,9 @@ from PIL import Image, ImageOps
 Picture = Image.Image | np.ndarray | torch.Tensor
 Pictures = Picture | list[Picture]
 
+OUTPUT_TYPES = ("pil", "np", "pt")
+"""What finished pictures can be given as: Pillow images, a numpy array, a torch tensor."""
+
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 """Mean and standard deviation of red, green and blue in CLIP's training pictures (Radford et al. 2021, code)."""
@@ -80,7 +83,7 @@ def from_pixels(pixels: torch.Tensor, output_type: str = "pil") -> list[Image.Im
     Raises ValueError for another `output_type` or shape, and for pixels that are NaN or infinite: those come from an
     overflow, and a black picture would hide it.
     """
-    if output_type not in ("pil", "np", "pt"):
+    if output_type not in OUTPUT_TYPES:
         raise ValueError(f'output_type is {output_type!r}, but must be "pil", "np" or "pt".')
     if pixels.ndim != 4 or pixels.shape[1] != 3:
         raise ValueError(f"pixels have the shape {tuple(pixels.shape)}, but must have (N, 3, H, W).")

@@ -6,9 +6,11 @@ of n is exact. Only ids, positions and bias differ between the two layouts; the 
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .models.glm import GLMEncoder
@@ -22,7 +24,8 @@ class TextEmbeddings:
     Attributes:
         sequence: (N, L, D), one embedding a key of the cross-attention.
         pooled: (N, D).
-        key_bias: (N, L) float32, added to the cross-attention scores; None stands for zeros (the official layout).
+        key_bias: (N, L), added to the cross-attention scores; None stands for zeros (the official layout). In the
+            encoder's number format, but float32 at least.
     """
 
     sequence: Tensor
@@ -35,9 +38,26 @@ class TextEmbeddings:
         return TextEmbeddings(self.sequence[rows], self.pooled[rows], key_bias)
 
     def to(self, *args: torch.device | torch.dtype) -> "TextEmbeddings":
-        """Moves the embeddings to a device or casts them; the key bias stays in float32."""
+        """Moves the embeddings to a device or casts them; the key bias keeps its number format."""
         key_bias = None if self.key_bias is None else self.key_bias.to(self.sequence.to(*args).device)
         return TextEmbeddings(self.sequence.to(*args), self.pooled.to(*args), key_bias)
+
+
+def concatenate(parts: Sequence[TextEmbeddings]) -> TextEmbeddings:
+    """Joins embeddings of several groups of prompts; where some have fewer keys, keys that nobody sees fill up."""
+    length = max(part.sequence.shape[1] for part in parts)
+    if all(part.key_bias is None and part.sequence.shape[1] == length for part in parts):
+        key_bias = None
+    else:
+        biases = [
+            part.pooled.new_zeros(part.sequence.shape[:2]) if part.key_bias is None else part.key_bias for part in parts
+        ]
+        key_bias = torch.cat([F.pad(bias.float(), (length - bias.shape[1], 0), value=-math.inf) for bias in biases])
+    return TextEmbeddings(
+        torch.cat([F.pad(part.sequence, (0, 0, length - part.sequence.shape[1], 0)) for part in parts]),
+        torch.cat([part.pooled for part in parts]),
+        key_bias,
+    )
 
 
 @dataclass(frozen=True)
@@ -46,10 +66,10 @@ class TextLayout:
 
     Attributes:
         input_ids, position_ids: (B, T).
-        bias: (B, T, T) float32, added to the attention scores.
+        bias: (B, T, T) float64, added to the attention scores.
         pooled_at: (B, N / B), the last token of each prompt.
         rows: (N, L), indices into the B * T positions of the output: each prompt's embeddings, pads first.
-        key_bias: (N, L) float32 or None, for the UNet's cross-attention.
+        key_bias: (N, L) float64 or None, for the UNet's cross-attention.
     """
 
     input_ids: Tensor
@@ -61,10 +81,12 @@ class TextLayout:
 
     def encode(self, encoder: GLMEncoder) -> TextEmbeddings:
         """Runs the encoder on this layout, on the encoder's device."""
-        device = encoder.token_embed.weight.device
-        inputs = (self.input_ids, self.position_ids, self.bias, self.pooled_at)
+        device, dtype = encoder.token_embed.weight.device, encoder.token_embed.weight.dtype
+        bias = self.bias.to(dtype)  # before it moves: not every device has float64
+        inputs = (self.input_ids, self.position_ids, bias, self.pooled_at)
         sequence, pooled = encoder(*(tensor.to(device) for tensor in inputs))
-        key_bias = None if self.key_bias is None else self.key_bias.to(device)
+        key_dtype = torch.promote_types(dtype, torch.float32)
+        key_bias = None if self.key_bias is None else self.key_bias.to(key_dtype).to(device)
         return TextEmbeddings(sequence.flatten(0, 1)[self.rows.to(device)], pooled.flatten(0, 1), key_bias)
 
 
@@ -80,7 +102,7 @@ def padded_layout(tokens: TokenBatch) -> TextLayout:
     return TextLayout(
         input_ids=tokens.input_ids,
         position_ids=tokens.position_ids,
-        bias=torch.zeros(visible.shape).masked_fill_(~visible, -math.inf),
+        bias=torch.zeros(visible.shape, dtype=torch.float64).masked_fill_(~visible, -math.inf),
         pooled_at=torch.full((num_prompts, 1), length - 1),
         rows=torch.arange(num_prompts * length).view(num_prompts, length),
         key_bias=None,
@@ -98,9 +120,9 @@ def packed_layout(tokens: TokenBatch) -> TextLayout:
     kept = [length + min(n, 1) for length, n in zip(lengths, pads, strict=True)]
     num_keys, total = max(kept), sum(kept)
 
-    bias = torch.full((1, total, total), -math.inf)
+    bias = torch.full((1, total, total), -math.inf, dtype=torch.float64)
     rows = torch.empty(len(kept), num_keys, dtype=torch.long)
-    key_bias = torch.zeros(len(kept), num_keys)
+    key_bias = torch.zeros(len(kept), num_keys, dtype=torch.float64)
     ends: list[int] = []
     for i, (length, n, start) in enumerate(zip(lengths, pads, [sum(kept[:i]) for i in range(len(kept))], strict=True)):
         end = start + kept[i]

@@ -64,7 +64,15 @@ class Tokenizer:
         self.vocab_size = first + len(SPECIAL_TOKENS)
 
     def encode(self, prompt: str) -> list[int]:
-        """Gives the ids of one prompt, prefix included, neither padded nor truncated."""
+        """Gives the ids of one prompt, prefix included, neither padded nor truncated.
+
+        Raises:
+            ValueError: the prompt is not valid Unicode.
+        """
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"a prompt must be valid Unicode text, but character {error.start} is not") from None
         return self.prefix + self.model.encode(prompt)
 
     def __call__(self, prompts: str | list[str], max_length: int = MAX_LENGTH) -> TokenBatch:
@@ -76,9 +84,9 @@ class Tokenizer:
 
         Raises:
             TypeError: a prompt is not a string, or max_length is not an integer.
-            ValueError: max_length leaves no room for the prefix, or the list is empty.
+            ValueError: max_length leaves no room for the prefix, the list is empty, or a prompt is not valid Unicode.
         """
-        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        prompts = list(prompts) if isinstance(prompts, list | tuple) else [prompts]
         for prompt in prompts:
             if not isinstance(prompt, str):
                 raise TypeError(f"a prompt must be a string, not {type(prompt).__name__}")

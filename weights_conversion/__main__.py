@@ -1,4 +1,4 @@
-"""python -m weights_conversion inspect SRC | convert SRC DST --to LAYOUT | verify A B"""
+"""python -m weights_conversion inspect SRC | convert SRC DST --to LAYOUT | verify A B | lora SRC DST --to NAMING"""
 
 import argparse
 import sys
@@ -10,6 +10,8 @@ import torch
 from weights_conversion.checkpoint import Checkpoint, open_checkpoint
 from weights_conversion.compare import differences
 from weights_conversion.convert import convert
+from weights_conversion.keymaps.lora import NAMINGS
+from weights_conversion.lora import read_lora, save_lora
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 SHOWN = 10  # differences that verify spells out
@@ -33,6 +35,9 @@ def main(arguments: list[str] | None = None) -> int:
             return 0
         if options.command == "verify":
             return _verify(options.first, options.second, progress)
+        if options.command == "lora":
+            save_lora(options.destination, read_lora(options.source), options.to, options.force)
+            return 0
         dtype = DTYPES.get(options.dtype)
         convert(options.source, options.destination, options.to, dtype, options.force, options.variant, progress)
         return 0
@@ -75,7 +80,7 @@ def _verify(first: str, second: str, progress: bool) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = OneLineParser(prog="weights_conversion", description="Look at, convert and compare Kolors checkpoints.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="inspect | convert | verify")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="inspect | convert | verify | lora")
     command = commands.add_parser("inspect", help="say what a checkpoint is")
     command.add_argument("source", help="a checkpoint folder or a UNet file")
     command.add_argument("--variant", help="the files to take where there are several, such as fp16")
@@ -89,6 +94,11 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("verify", help="compare two checkpoints: exit status 0 the same, 1 different")
     command.add_argument("first")
     command.add_argument("second")
+    command = commands.add_parser("lora", help="write a LoRA with other names")
+    command.add_argument("source", help="a LoRA file, or the folder of one")
+    command.add_argument("destination", help="the .safetensors file to write")
+    command.add_argument("--to", required=True, choices=NAMINGS, help="whose names to write")
+    command.add_argument("--force", action="store_true", help="replace a file that stands at the destination")
     return parser
 
 

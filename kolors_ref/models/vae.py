@@ -1,6 +1,7 @@
 """The autoencoder between pictures and latents: SDXL's (Podell et al. 2023, section 2.4), after Rombach et al. 2022."""
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -68,7 +69,7 @@ class Level(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, num_layers: int, groups: int) -> None:
         super().__init__()
         widths = [in_channels] + [out_channels] * num_layers
-        self.res = nn.ModuleList(ResBlock(a, b, groups) for a, b in zip(widths, widths[1:], strict=False))
+        self.res = nn.ModuleList(ResBlock(a, b, groups) for a, b in pairwise(widths))
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps x (B, C, h, w) to (B, C', h, w)."""
@@ -156,6 +157,10 @@ class Posterior:
     def mode(self) -> Tensor:
         """Gives the most probable latents, (B, 4, H/8, W/8)."""
         return self.mean
+
+    def repeat(self, times: int) -> "Posterior":
+        """Repeats the whole batch, for several samples of each picture."""
+        return Posterior(self.mean.repeat(times, 1, 1, 1), self.std.repeat(times, 1, 1, 1))
 
     def sample(self, noise: Tensor) -> Tensor:
         """Gives the latents that unit noise (B, 4, H/8, W/8) selects."""

@@ -155,7 +155,7 @@ def small_pipeline(seed=0, glm=None, unet=None, vae=None):
     """diffusers' KolorsPipeline with small random networks, Kolors' schedule and the real tokenizer.
 
     The configs are official ones, by default those of this file: pictures of 128 x 128, a factor of 8 to the latents,
-    the real vocabulary. Its `save_pretrained` writes a checkpoint of a few megabytes.
+    the real vocabulary. Its `save_pretrained` writes a checkpoint of some 20 MB, nearly all of it the vocabulary.
     """
     return KolorsPipeline(
         vae=oracle_network("vae", vae or vae_config(), seed),

@@ -1,0 +1,136 @@
+"""Checks of what a caller gives to the pipeline: each mistake is one sentence."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .images import OUTPUT_TYPES
+from .text_layout import TextEmbeddings
+
+MAX_SIDE = 8192
+"""The largest height or width, in pixels: eight times what Kolors was trained for, and 64 times the area."""
+
+Generators = torch.Generator | Sequence[torch.Generator] | None
+Size = tuple[int, int]
+
+
+def check_count(name: str, value: int, least: int = 1) -> None:
+    """Raises unless value is an integer of at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer, not {value!r}")
+    if value < least:
+        raise ValueError(f"{name} is {value}; it must be at least {least}")
+
+
+def check_number(name: str, value: float, least: float = float("-inf"), most: float = float("inf")) -> None:
+    """Raises unless value is a finite number within bounds."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} must be a number, not {value!r}")
+    if value != value or value in (float("inf"), float("-inf")) or not least <= value <= most:
+        bounds = f" from {least:g} to {most:g}" if most < float("inf") else ""
+        raise ValueError(f"{name} is {value}; it must be a finite number{bounds}")
+
+
+def check_side(name: str, value: int, multiple: int) -> int:
+    """Raises unless value is a possible height or width of a picture, in pixels."""
+    check_count(name, value)
+    if value % multiple:
+        near = max(value // multiple, 1) * multiple
+        raise ValueError(f"{name} is {value} pixels; it must be a multiple of {multiple}, such as {near}")
+    if value > MAX_SIDE:
+        raise ValueError(f"{name} is {value} pixels; the most is {MAX_SIDE}")
+    return value
+
+
+def check_size(name: str, value: Size) -> Size:
+    """Raises unless value is a pair of numbers of pixels."""
+    if not isinstance(value, tuple | list) or len(value) != 2:
+        raise TypeError(f"{name} must be a pair of pixels, not {value!r}")
+    for side in value:
+        check_number(name, side)
+    return tuple(value)
+
+
+def check_output_type(output_type: str) -> None:
+    """Raises unless the pipeline can give pictures of this kind."""
+    if output_type not in (*OUTPUT_TYPES, "latent"):
+        raise ValueError(f"output_type is {output_type!r}; it must be one of {', '.join((*OUTPUT_TYPES, 'latent'))}")
+
+
+def check_prompts(prompt: str | Sequence[str] | None, embeds: TextEmbeddings | None) -> list[str] | None:
+    """Gives the prompts as a list, None where embeddings are given instead."""
+    if embeds is not None:
+        if prompt is not None:
+            raise ValueError("both prompt and prompt_embeds are given; give one of them")
+        check_embeddings("prompt_embeds", embeds)
+        return None
+    if prompt is None:
+        raise ValueError("neither prompt nor prompt_embeds is given; give one of them")
+    return as_prompts("prompt", prompt)
+
+
+def check_negative_prompts(
+    negative: str | Sequence[str] | None, embeds: TextEmbeddings | None, count: int
+) -> list[str] | None:
+    """Gives the negative prompts as a list of `count`, None where there are none or embeddings are given instead."""
+    if embeds is not None:
+        if negative:
+            raise ValueError("both negative_prompt and negative_prompt_embeds are given; give one of them")
+        check_embeddings("negative_prompt_embeds", embeds)
+        if len(embeds.pooled) != count:
+            raise ValueError(f"negative_prompt_embeds is for {len(embeds.pooled)} prompts, but there are {count}")
+        return None
+    if negative is None:
+        return None
+    prompts = as_prompts("negative_prompt", negative)
+    if isinstance(negative, str):
+        return prompts * count
+    if len(prompts) != count:
+        raise ValueError(f"negative_prompt has {len(prompts)} prompts, but prompt has {count}; give one for each")
+    return prompts
+
+
+def as_prompts(name: str, prompt: str | Sequence[str]) -> list[str]:
+    """Gives one or several prompts as a list."""
+    prompts = [prompt] if isinstance(prompt, str) else prompt
+    if not isinstance(prompts, list | tuple) or not all(isinstance(text, str) for text in prompts):
+        raise TypeError(f"{name} must be a string or a list of strings, not {prompt!r}")
+    if not prompts:
+        raise ValueError(f"{name} is an empty list; give at least one prompt")
+    return list(prompts)
+
+
+def check_embeddings(name: str, embeds: TextEmbeddings) -> None:
+    """Raises unless embeds are embeddings whose parts fit together."""
+    if not isinstance(embeds, TextEmbeddings):
+        raise TypeError(f"{name} must be what encode_prompt gives, not {type(embeds).__name__}")
+    if embeds.sequence.ndim != 3 or embeds.pooled.shape != embeds.sequence[:, 0].shape:
+        shapes = f"{tuple(embeds.sequence.shape)} and {tuple(embeds.pooled.shape)}"
+        raise ValueError(f"{name} has a sequence and a pooled embedding of shapes {shapes}; must be (B, L, D), (B, D)")
+
+
+def check_generators(generator: Generators, count: int) -> None:
+    """Raises unless generator is None, one generator or one for each of `count` pictures."""
+    generators = generator if isinstance(generator, list | tuple) else [] if generator is None else [generator]
+    for one in generators:
+        if not isinstance(one, torch.Generator):
+            raise TypeError(f"generator must be a torch.Generator or a list of them, not {type(one).__name__}")
+    if isinstance(generator, list | tuple) and len(generator) != count:
+        raise ValueError(f"generator is a list of {len(generator)}, but {count} pictures are asked for")
+
+
+def check_latents(latents: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Raises unless latents is a finite tensor of this shape."""
+    if not isinstance(latents, Tensor):
+        raise TypeError(f"latents must be a tensor, not {type(latents).__name__}")
+    if latents.shape != shape:
+        raise ValueError(f"latents has shape {tuple(latents.shape)}; these prompts and this size need {shape}")
+    return check_finite(latents, "the given latents")
+
+
+def check_finite(tensor: Tensor, stage: str) -> Tensor:
+    """Raises FloatingPointError, naming the stage, if a tensor holds NaN or infinity; gives it back otherwise."""
+    if not torch.isfinite(tensor).all():
+        raise FloatingPointError(f"{stage} gave NaN or infinity; try another dtype, float32 being the safest")
+    return tensor

@@ -1,0 +1,270 @@
+"""Text to pictures: the one place where tokenizer, networks, sampler and guidance meet."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from .arguments import Generators, check_finite, check_latents, check_output_type, check_side
+from .images import from_pixels, to_pixels
+from .loading import load_parts
+from .models.glm import GLMEncoder
+from .models.unet import Context, UNet
+from .models.vae import VAE
+from .request import Request
+from .sampling import NoiseSchedule, Plan, Sampler, Step, get_sampler
+from .sampling.guidance import classifier_free_guidance
+from .sampling.protocol import DrawNoise
+from .text_layout import TextEmbeddings, concatenate, packed_layout, padded_layout
+from .tokenizer import MAX_LENGTH, Tokenizer
+
+Output = list[Image.Image] | np.ndarray | Tensor
+
+
+@dataclass(frozen=True)
+class Denoising:
+    """The denoising loop, ready to run: iterating over it removes the noise, one `Step` at a time.
+
+    Its length is the number of steps to run. It can be run several times; only the sampler's and the generator's noise
+    differs then.
+
+    Attributes:
+        latents: where it starts, (B, 4, H/8, W/8).
+        guidance_scale: 1 for a context of B rows, more for one of 2 B, negative prompts first.
+    """
+
+    unet: UNet
+    context: Context
+    sampler: Sampler
+    plan: Plan | None
+    latents: Tensor
+    guidance_scale: float
+    draw_noise: DrawNoise
+
+    def __len__(self) -> int:
+        return 0 if self.plan is None else self.plan.num_steps - self.plan.begin
+
+    def __iter__(self) -> Iterator[Step]:
+        if self.plan is None:
+            return
+        for step in self.sampler.run(self.predict, self.latents, self.plan, self.draw_noise):
+            check_finite(step.latents, f"step {step.index} of the denoising loop (the UNet)")
+            yield step
+
+    @torch.no_grad()
+    def predict(self, latents: Tensor, timestep: Tensor) -> Tensor:
+        """Predicts the guided noise in latents (B, 4, H/8, W/8), which the sampler has scaled for the network."""
+        inputs = latents.to(self.unet.conv_in.weight.dtype)
+        if self.guidance_scale <= 1:
+            return self.unet(inputs, timestep, self.context).to(latents.dtype)
+        noise_pred = self.unet(torch.cat([inputs, inputs]), timestep, self.context).to(latents.dtype)
+        return classifier_free_guidance(noise_pred, self.guidance_scale)
+
+
+class KolorsPipeline:
+    """Kolors: prompts in Chinese or English to pictures (Kolors report, Kuaishou 2024).
+
+    Attributes:
+        tokenizer, text_encoder, unet, vae: the parts.
+        schedule: the noise schedule of training.
+        sampler: what is used where a call names none: the one that the checkpoint's scheduler_config.json asks for.
+        zero_empty_negative: whether negative_prompt=None stands for embeddings of zeros instead of for "".
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        text_encoder: GLMEncoder,
+        unet: UNet,
+        vae: VAE,
+        schedule: NoiseSchedule,
+        sampler: Sampler,
+        zero_empty_negative: bool = False,
+    ) -> None:
+        self.tokenizer, self.text_encoder, self.unet, self.vae = tokenizer, text_encoder, unet, vae
+        self.schedule, self.sampler, self.zero_empty_negative = schedule, sampler, zero_empty_negative
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str = "cpu",
+        variant: str | None = None,
+        unet: str | Path | None = None,
+    ) -> "KolorsPipeline":
+        """Loads a checkpoint; weights already in the wanted type stay in the memory-mapped file on a CPU.
+
+        Args:
+            path: a folder in the layout of Kolors-diffusers, of the Kolors team or of this project; or, with the `hub`
+                extra, the id of a hub repository.
+            dtype: the type to compute in; by default the checkpoint's, but bfloat16 for fp16 weights on a CPU.
+            device: "cpu", "cuda", ...
+            variant: such as "fp16", to choose among the files of a folder that holds several.
+            unet: a checkpoint or single file whose UNet replaces the folder's.
+
+        Raises:
+            FileNotFoundError: a file or folder is missing.
+            ValueError: something in a file is damaged, does not fit, or asks for what is not supported.
+        """
+        return cls(**vars(load_parts(path, dtype, device, variant, unet)))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type that the UNet computes in."""
+        return self.unet.conv_in.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the UNet is."""
+        return self.unet.conv_in.weight.device
+
+    @property
+    def factor(self) -> int:
+        """Pixels along one side of a latent."""
+        return self.vae.config.downscale
+
+    @torch.no_grad()
+    def encode_prompt(self, prompts: str | Sequence[str], max_sequence_length: int = MAX_LENGTH) -> TextEmbeddings:
+        """Encodes N prompts in the official layout: sequence (N, 256, D) with all pads, and pooled (N, D)."""
+        return padded_layout(self.tokenizer(prompts, max_sequence_length)).encode(self.text_encoder)
+
+    @torch.no_grad()
+    def encode_packed(self, prompts: Sequence[str], max_sequence_length: int = MAX_LENGTH) -> TextEmbeddings:
+        """Encodes N prompts in one pass, every distinct prompt once and without repeating its pads.
+
+        Equal to `encode_prompt` in real arithmetic; see text_layout.py.
+        """
+        distinct = list(dict.fromkeys(prompts))
+        embeds = packed_layout(self.tokenizer(distinct, max_sequence_length)).encode(self.text_encoder)
+        return embeds[[distinct.index(prompt) for prompt in prompts]]
+
+    def __call__(self, *args: Any, output_type: str = "pil", **kwargs: Any) -> Output:
+        """Makes pictures: runs the denoising loop to its end and decodes.
+
+        Args:
+            args, kwargs: the fields of `Request`: prompt, negative_prompt, height, width, ...
+            output_type: "pil", a list of images; "np", (N, H, W, 3) in [0, 1]; "pt", (N, 3, H, W) in [0, 1]; "latent",
+                (N, 4, H/8, W/8).
+
+        Raises:
+            ValueError, TypeError: an argument is wrong.
+            FloatingPointError: a stage gave NaN or infinity, or the decoder an all-black picture.
+        """
+        check_output_type(output_type)
+        denoising = self.denoise(*args, **kwargs)
+        latents = denoising.latents
+        for step in denoising:
+            latents = step.latents
+        return self.decode(latents, output_type)
+
+    @torch.no_grad()
+    def denoise(self, *args: Any, **kwargs: Any) -> Denoising:
+        """Encodes the conditions and draws the noise; the loop runs when the result is iterated over.
+
+        Args:
+            args, kwargs: the fields of `Request`: prompt, negative_prompt, height, width, ...
+
+        Raises:
+            ValueError, TypeError: an argument is wrong.
+        """
+        request = Request(*args, **kwargs)
+        sampler, plan = self._plan(request)
+        image = None if request.image is None else to_pixels(request.image, request.height, request.width, self.factor)
+        height, width = self._size(request) if image is None else image.shape[-2:]
+        sizes = torch.stack(request.sizes(height, width))[0 if request.guided else 1 :]
+        sizes = sizes.repeat_interleave(request.num_images, dim=0).to(self.device)
+        text = self._embed(request)
+        text = text[torch.arange(len(text.pooled)).repeat_interleave(request.num_images_per_prompt)]
+        context = self.unet.prepare(text.sequence, text.pooled, sizes, text.key_bias)
+
+        shape = (request.num_images, self.unet.config.in_channels, height // self.factor, width // self.factor)
+        if image is not None:
+            latents, plan = self._start_from_image(image, request, sampler, plan, shape)
+        elif request.latents is not None:
+            latents = check_latents(request.latents, shape).to(self.device) * plan.initial_scale
+        else:
+            latents = draw_noise(shape, request.generator, self.device, self.dtype) * plan.initial_scale
+        noise_dtype = torch.promote_types(self.dtype, torch.float32)
+        draw = lambda: draw_noise(shape, request.generator, self.device, noise_dtype)
+        return Denoising(self.unet, context, sampler, plan, latents, request.guidance_scale, draw)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor, output_type: str = "pil") -> Output:
+        """Decodes latents (N, 4, H/8, W/8), one picture at a time; see `__call__` for output_type and errors."""
+        check_output_type(output_type)
+        if output_type == "latent":
+            return latents
+        weight = self.vae.post_quant_conv.weight
+        latents = latents.to(device=weight.device, dtype=weight.dtype)
+        pixels = torch.cat([self.vae.decode(one) for one in latents.split(1)])
+        check_finite(pixels, "decoding (the VAE)")
+        if (pixels <= -1).flatten(1).all(1).any():
+            raise FloatingPointError("decoding (the VAE) gave an all-black picture; try another dtype or prompt")
+        return from_pixels(pixels, output_type)
+
+    def _plan(self, request: Request) -> tuple[Sampler, Plan]:
+        sampler = self.sampler if request.sampler is None else get_sampler(request.sampler)
+        if request.timesteps is None and request.sigmas is None:
+            return sampler, sampler.plan(self.schedule, request.num_inference_steps)
+        return sampler, sampler.plan(self.schedule, timesteps=request.timesteps, sigmas=request.sigmas)
+
+    def _size(self, request: Request) -> tuple[int, int]:
+        native = self.unet.config.sample_size * self.factor
+        height = check_side("height", native if request.height is None else request.height, self.factor)
+        return height, check_side("width", native if request.width is None else request.width, self.factor)
+
+    def _embed(self, request: Request) -> TextEmbeddings:
+        """Gives the embeddings of the negative prompts (if guided), then of the prompts; all texts in one pass."""
+        prompts, negatives, count = request.prompts, request.negative_prompts, request.num_prompts
+        texts = prompts or []
+        zeros = negatives is None and request.negative_prompt_embeds is None and self.zero_empty_negative
+        if request.guided and request.negative_prompt_embeds is None and not zeros:
+            texts = (negatives or [""] * count) + texts
+        if texts:
+            encoded = self.encode_packed(texts, request.max_sequence_length)
+            check_finite(encoded.sequence, "text encoding (the GLM)")
+            check_finite(encoded.pooled, "text encoding (the GLM)")
+        positive = encoded[-count:] if request.prompt_embeds is None else request.prompt_embeds.to(self.device)
+        if not request.guided:
+            return positive
+        if request.negative_prompt_embeds is not None:
+            negative = request.negative_prompt_embeds.to(self.device)
+        elif zeros:
+            negative = replace(positive, sequence=positive.sequence * 0, pooled=positive.pooled * 0)
+        else:
+            negative = encoded[:count]
+        return concatenate([negative, positive])
+
+    def _start_from_image(
+        self, image: Tensor, request: Request, sampler: Sampler, plan: Plan, shape: tuple[int, ...]
+    ) -> tuple[Tensor, Plan | None]:
+        """Encodes pixels (M, 3, H, W) and noises them to where the strength enters the plan; no plan if nowhere."""
+        if shape[0] % len(image):
+            raise ValueError(f"image holds {len(image)} pictures, which {shape[0]} pictures to make cannot share out")
+        # One draw for each picture given, or for each picture made where each has a generator of its own.
+        own_generators = isinstance(request.generator, list | tuple) and len(request.generator) > 1
+        rows = shape[0] if own_generators else len(image)
+        weight = self.vae.quant_conv.weight
+        posterior = self.vae.encode(image.to(device=weight.device, dtype=weight.dtype)).repeat(rows // len(image))
+        noise = draw_noise((rows, *shape[1:]), request.generator, weight.device, weight.dtype)
+        latents = posterior.sample(noise).to(device=self.device, dtype=self.dtype).repeat(shape[0] // rows, 1, 1, 1)
+        begin = plan.num_steps - min(int(plan.num_steps * request.strength), plan.num_steps)
+        if begin == plan.num_steps:
+            return latents, None
+        plan = plan.from_step(begin)
+        return sampler.add_noise(latents, draw_noise(shape, request.generator, self.device, self.dtype), plan), plan
+
+
+def draw_noise(shape: tuple[int, ...], generator: Generators, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Draws unit noise as diffusers does: on the generator's device, row by row where each has its own generator."""
+    if isinstance(generator, list | tuple) and len(generator) > 1:
+        return torch.cat([draw_noise((1, *shape[1:]), one, device, dtype) for one in generator])
+    generator = generator[0] if isinstance(generator, list | tuple) else generator
+    where = device if generator is None else generator.device
+    return torch.randn(shape, generator=generator, device=where, dtype=dtype).to(device)

@@ -1,0 +1,131 @@
+"""What a caller asks a pipeline for: the arguments of a call, in one place and checked."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .arguments import (
+    Generators,
+    Size,
+    check_count,
+    check_generators,
+    check_negative_prompts,
+    check_number,
+    check_prompts,
+    check_size,
+)
+from .images import Pictures
+from .sampling import Sampler
+from .text_layout import TextEmbeddings
+from .tokenizer import MAX_LENGTH
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """The arguments of `KolorsPipeline.__call__` and `KolorsPipeline.denoise`.
+
+    Attributes:
+        prompt: one prompt or a list of them.
+        negative_prompt: what to lead away from; one for all or one for each prompt. None stands for embeddings of zeros
+            or for "", as the checkpoint says.
+        height, width: in pixels, multiples of 8; the size the UNet was trained for if None.
+        num_inference_steps: of the sampler; not looked at if timesteps or sigmas are given.
+        guidance_scale: of classifier-free guidance; at 1 or below only the prompt's branch is computed.
+        sampler: a name (see `sampling.SAMPLERS`) or an instance; the one that the checkpoint asks for if None.
+        num_images_per_prompt: pictures of the same prompt come one after the other.
+        generator: one for all pictures, or a list with one for each.
+        latents: unit noise (N, 4, H/8, W/8) to start from instead of drawing it.
+        image: pictures to start from (image-to-image): one for all, or some that the prompts share out. They are
+            resized to height and width, and set the size where these are None.
+        strength: how much of an image is redone, from 0 (nothing) to 1 (from the first noise level of text-to-image).
+        original_size, crops_coords_top_left, target_size: (h, w) in pixels, conditions of the UNet (Podell et al. 2023,
+            section 2.2); the sizes are height and width if None. The negative_ twins go to the negative branch, which
+            has the same as the other if none of them is given.
+        timesteps, sigmas: custom ones, in place of num_inference_steps, where the sampler takes them.
+        prompt_embeds, negative_prompt_embeds: embeddings in place of prompts, one row a prompt.
+        max_sequence_length: tokens of a prompt, prefix included; what is beyond is cut off.
+
+    Raises:
+        TypeError, ValueError: an argument is wrong, whatever the model.
+    """
+
+    prompt: str | Sequence[str] | None = None
+    negative_prompt: str | Sequence[str] | None = ""
+    height: int | None = None
+    width: int | None = None
+    num_inference_steps: int = 25
+    guidance_scale: float = 6.5
+    sampler: str | Sampler | None = None
+    num_images_per_prompt: int = 1
+    generator: Generators = None
+    latents: Tensor | None = None
+    image: Pictures | None = None
+    strength: float = 0.8
+    original_size: Size | None = None
+    crops_coords_top_left: Size = (0, 0)
+    target_size: Size | None = None
+    negative_original_size: Size | None = None
+    negative_crops_coords_top_left: Size | None = None
+    negative_target_size: Size | None = None
+    timesteps: Sequence[float] | None = None
+    sigmas: Sequence[float] | None = None
+    prompt_embeds: TextEmbeddings | None = None
+    negative_prompt_embeds: TextEmbeddings | None = None
+    max_sequence_length: int = MAX_LENGTH
+
+    def __post_init__(self) -> None:
+        check_prompts(self.prompt, self.prompt_embeds)
+        check_negative_prompts(self.negative_prompt, self.negative_prompt_embeds, self.num_prompts)
+        if self.timesteps is None and self.sigmas is None:
+            check_count("num_inference_steps", self.num_inference_steps)
+        check_count("num_images_per_prompt", self.num_images_per_prompt)
+        check_number("guidance_scale", self.guidance_scale)
+        check_number("strength", self.strength, 0.0, 1.0)
+        check_generators(self.generator, self.num_images)
+        if self.image is not None and self.latents is not None:
+            raise ValueError("both image and latents are given; give one of them to start from")
+
+    @property
+    def prompts(self) -> list[str] | None:
+        """The prompts as a list; None where embeddings are given instead."""
+        return check_prompts(self.prompt, self.prompt_embeds)
+
+    @property
+    def negative_prompts(self) -> list[str] | None:
+        """One negative prompt a prompt; None where there are none or embeddings are given instead."""
+        return check_negative_prompts(self.negative_prompt, self.negative_prompt_embeds, self.num_prompts)
+
+    @property
+    def num_prompts(self) -> int:
+        """How many prompts, or rows of given embeddings."""
+        return len(self.prompt_embeds.pooled if self.prompts is None else self.prompts)
+
+    @property
+    def num_images(self) -> int:
+        """How many pictures come out."""
+        return self.num_prompts * self.num_images_per_prompt
+
+    @property
+    def guided(self) -> bool:
+        """Whether there is a negative branch."""
+        return self.guidance_scale > 1
+
+    def sizes(self, height: int, width: int) -> tuple[Tensor, Tensor]:
+        """Gives the size conditions of the negative branch and of the other, each (6,), for a picture of this size."""
+        names = ("original_size", "crops_coords_top_left", "target_size")
+        defaults = ((height, width), (0, 0), (height, width))
+        positive = check_sizes(names, [getattr(self, name) for name in names], defaults)
+        names = tuple(f"negative_{name}" for name in names)
+        given = [getattr(self, name) for name in names]
+        if all(value is None for value in given):
+            return torch.tensor(positive), torch.tensor(positive)
+        defaults = (positive[:2], (0, 0), positive[4:])
+        return torch.tensor(check_sizes(names, given, defaults)), torch.tensor(positive)
+
+
+def check_sizes(names: Sequence[str], given: Sequence[Size | None], defaults: Sequence[Size]) -> list[float]:
+    """Gives three pairs of pixels one after the other, a default for each that is None."""
+    pairs = [default if pair is None else pair for pair, default in zip(given, defaults, strict=True)]
+    return [float(side) for name, pair in zip(names, pairs, strict=True) for side in check_size(name, pair)]

@@ -1,0 +1,244 @@
+"""LoRA files, read and written in each of their namings (see `keymaps/lora.py`)."""
+
+import json
+import math
+import os
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from weights_conversion.files import open_file, read_json
+from weights_conversion.keymaps import lora as names
+from weights_conversion.keymaps.lora import Place
+
+METADATA = "lora_adapter_metadata"
+"""Where the header of a safetensors file holds the settings of PEFT, each under `network.setting`, as JSON."""
+
+FILE_NAMES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors", "pytorch_lora_weights.bin")
+OTHER_KINDS = {"dora_scale": "DoRA", "lora_magnitude_vector": "DoRA", "lokr_": "LoKr", "hada_": "LoHa"}
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """The update of one layer: alpha / rank x up @ down, to be added to its weight (LoRA, Hu et al. 2021, section 4.1).
+
+    Attributes:
+        down: (rank, in), or (rank, in, kernel height, kernel width) for a convolution.
+        up: (out, rank), or (out, rank, 1, 1) for a convolution.
+        alpha: the strength it was trained with.
+    """
+
+    down: Tensor
+    up: Tensor
+    alpha: float
+
+    @property
+    def rank(self) -> int:
+        """The number of rows of down."""
+        return self.down.shape[0]
+
+    @property
+    def strength(self) -> float:
+        """The factor of up @ down: alpha / rank."""
+        return self.alpha / self.rank
+
+
+@dataclass(frozen=True)
+class LoRA:
+    """Low-rank updates by network ("unet", "text_encoder") and by our name of the layer."""
+
+    networks: dict[str, dict[str, LowRank]]
+
+
+# ---- reading
+
+
+def read_lora(path: str | Path) -> LoRA:
+    """Reads a LoRA for Kolors in any naming; its tensors are mapped, not copied.
+
+    path: a .safetensors or .bin file, or a folder that holds one under diffusers' or PEFT's usual name. A layer's alpha
+    is the file's own; where there is none it comes from PEFT's settings, in the header or in the adapter_config.json
+    of a folder that PEFT wrote; otherwise it is the rank.
+
+    Raises FileNotFoundError for a missing file; ValueError for one that is damaged, holds code, is no plain LoRA or
+    holds anything that has no place in Kolors: which and how many is said.
+    """
+    path = _find_file(Path(path))
+    tensors = open_file(path)
+    found = _places(tensors, path)
+    settings = _settings(path)
+    networks: dict[str, dict[str, LowRank]] = {}
+    for network, layer in dict.fromkeys((place.network, place.layer) for place in found):
+        parts = {part: found.get(Place(network, layer, part)) for part in ("down", "up", "alpha")}
+        if parts["down"] is None or parts["up"] is None:
+            only = next(name for name in parts.values() if name is not None)
+            raise ValueError(f"{path} is incomplete: it holds {only!r} without the other matrix of the layer.")
+        down, up = tensors[parts["down"]], tensors[parts["up"]]
+        if not _fit_together(down, up):
+            shapes = f"{tuple(down.shape)} and {tuple(up.shape)}"
+            raise ValueError(f"{path}: {parts['down']!r} and its twin, {shapes}, are not two matrices of one rank.")
+        if parts["alpha"] is not None:
+            alpha = _number(tensors[parts["alpha"]], parts["alpha"], path)
+        else:
+            alpha = _alpha(settings, network, names.official_layer(network, layer), down.shape[0], path)
+        networks.setdefault(network, {})[layer] = LowRank(down, up, alpha)
+    return LoRA(networks)
+
+
+def _find_file(path: Path) -> Path:
+    if not path.is_dir():
+        return path
+    for name in FILE_NAMES:
+        if (path / name).is_file():
+            return path / name
+    raise FileNotFoundError(f"{path} holds no LoRA: {' or '.join(FILE_NAMES)} is needed, or the file's own path.")
+
+
+def _places(tensors: Mapping[str, Tensor], path: Path) -> dict[Place, str]:
+    """What every tensor of a file is -> its name there."""
+    found: dict[Place, str] = {}
+    unknown = []
+    for name in tensors:
+        place = names.to_ours(name)
+        if place is None:
+            unknown.append(name)
+        elif place in found:
+            raise ValueError(f"{path} holds the same matrix twice, as {found[place]!r} and {name!r}.")
+        else:
+            found[place] = name
+    for name in unknown:
+        for mark, kind in OTHER_KINDS.items():
+            if mark in name:
+                raise ValueError(f"{path} is a {kind}, as {name!r} tells, and only a plain LoRA is supported.")
+    if unknown:
+        count = f"{len(unknown)} of the {len(tensors)} tensors"
+        raise ValueError(f"{path}: {count} have no place in a LoRA for Kolors, the first is {unknown[0]!r}.")
+    if not found:
+        raise ValueError(f"{path} holds no tensors.")
+    return found
+
+
+def _fit_together(down: Tensor, up: Tensor) -> bool:
+    if down.ndim not in (2, 4) or up.ndim != down.ndim or 0 in down.shape or 0 in up.shape:
+        return False
+    floating = down.is_floating_point() and up.is_floating_point()
+    return floating and up.shape[1] == down.shape[0] and set(up.shape[2:]) <= {1}
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    """The settings of PEFT, from the file's header or from beside it; {} where there are none."""
+    if path.name == "adapter_model.safetensors" and (path.parent / "adapter_config.json").is_file():
+        return read_json(path.parent / "adapter_config.json")
+    if path.suffix != ".safetensors":
+        return {}
+    with safe_open(path, framework="pt") as file:
+        text = (file.metadata() or {}).get(METADATA)
+    try:
+        settings = json.loads(text) if text else {}
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: {METADATA} in its header is not JSON: {error}.") from None
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path}: {METADATA} in its header must be a JSON object.")
+    return settings
+
+
+def _alpha(settings: dict[str, Any], network: str, official: str, rank: int, path: Path) -> float:
+    """A layer's alpha by the settings of PEFT, whose patterns are regular expressions for the end of a layer's name."""
+    prefix = f"{network}."
+    own = {key.removeprefix(prefix): value for key, value in settings.items() if key.startswith(prefix)} or settings
+    alpha, patterns = own.get("lora_alpha", rank), own.get("alpha_pattern") or {}
+    if not isinstance(patterns, dict):
+        raise ValueError(f"{path}: alpha_pattern is {patterns!r}, and an object of names and numbers is needed.")
+    for pattern, value in patterns.items():
+        try:
+            fits = re.match(rf"(.*\.)?({pattern})$", official)
+        except re.error as error:
+            raise ValueError(f"{path}: {pattern!r} in alpha_pattern is not a regular expression: {error}.") from None
+        if fits:
+            alpha = value
+            break
+    alpha = _number(alpha, "lora_alpha", path)
+    return alpha * math.sqrt(rank) if own.get("use_rslora") else alpha  # rsLoRA divides by the root of the rank
+
+
+def _number(value: Any, name: str, path: Path) -> float:
+    single = value.numel() == 1 if isinstance(value, Tensor) else isinstance(value, int | float)
+    if not single or not math.isfinite(float(value)):
+        raise ValueError(f"{path}: {name!r} must be one finite number.")
+    return float(value)
+
+
+# ---- writing
+
+
+def save_lora(path: str | Path, lora: LoRA, naming: str = "peft", force: bool = False) -> None:
+    """Writes a LoRA as a .safetensors file: beside its place first, under its own name only once it is whole.
+
+    naming: "peft" (alphas in the header, as diffusers writes and reads them), "diffusers" (its older names, which have
+    no place for an alpha: the strength is multiplied into `up`, rounded to its number format) or "kohya".
+    force: replace a file that stands there already.
+
+    Raises ValueError for an unknown naming, another suffix, an empty LoRA or a layer that Kolors does not have;
+    FileExistsError, FileNotFoundError for a path that is taken or has no parent folder.
+    """
+    path = Path(path)
+    if naming not in names.NAMINGS:
+        raise ValueError(f"The naming {naming!r} cannot be written, only {', '.join(names.NAMINGS)} can.")
+    if path.suffix != ".safetensors":
+        raise ValueError(f"{path} must end with .safetensors.")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path.parent} does not exist or is not a folder: create it first.")
+    if path.is_dir() or (path.exists() and not force):
+        raise FileExistsError(f"{path} exists already: choose another name or use force.")
+    tensors = {
+        names.to_official(Place(network, layer, part), naming): tensor.detach().cpu().contiguous()
+        for network, updates in lora.networks.items()
+        for layer, low_rank in updates.items()
+        for part, tensor in _parts(low_rank, naming).items()
+    }
+    if not tensors:
+        raise ValueError(f"{path} is not written: the LoRA is empty.")
+    metadata = {"format": "pt"}
+    if naming == "peft":
+        metadata[METADATA] = json.dumps(_peft_settings(lora), indent=2, sort_keys=True)
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    try:
+        save_file(tensors, partial, metadata)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)  # gone already where all went well
+
+
+def _parts(low_rank: LowRank, naming: str) -> dict[str, Tensor]:
+    if naming == "peft":
+        return {"down": low_rank.down, "up": low_rank.up}
+    if naming == "diffusers":
+        return {"down": low_rank.down, "up": (low_rank.up.double() * low_rank.strength).to(low_rank.up.dtype)}
+    alpha = torch.tensor(low_rank.alpha, dtype=torch.float64)
+    return {"down": low_rank.down, "up": low_rank.up, "alpha": alpha.float() if alpha == alpha.float() else alpha}
+
+
+def _peft_settings(lora: LoRA) -> dict[str, Any]:
+    """What PEFT needs to know to build the updates: the commonest rank and alpha, and every layer that has another."""
+    settings: dict[str, Any] = {}
+    for network, updates in lora.networks.items():
+        official = {names.official_layer(network, layer): low_rank for layer, low_rank in updates.items()}
+        rank = Counter(low_rank.rank for low_rank in official.values()).most_common(1)[0][0]
+        alpha = Counter(low_rank.alpha for low_rank in official.values()).most_common(1)[0][0]
+        own = {
+            "r": rank,
+            "lora_alpha": alpha,
+            "rank_pattern": {name: low_rank.rank for name, low_rank in official.items() if low_rank.rank != rank},
+            "alpha_pattern": {name: low_rank.alpha for name, low_rank in official.items() if low_rank.alpha != alpha},
+            "target_modules": sorted(official),
+        }
+        settings |= {f"{network}.{setting}": value for setting, value in own.items()}
+    return settings
