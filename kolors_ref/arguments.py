@@ -32,7 +32,7 @@ def check_number(name: str, value: float, least: float = float("-inf"), most: fl
         raise ValueError(f"{name} is {value}; it must be a finite number{bounds}")
 
 
-def check_side(name: str, value: int, multiple: int) -> int:
+def check_side(name: str, value: int, multiple: int = 8) -> int:
     """Raises unless value is a possible height or width of a picture, in pixels."""
     check_count(name, value)
     if value % multiple:

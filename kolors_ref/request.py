@@ -14,10 +14,11 @@ from .arguments import (
     check_negative_prompts,
     check_number,
     check_prompts,
+    check_side,
     check_size,
 )
 from .images import Pictures
-from .sampling import Sampler
+from .sampling import Sampler, get_sampler
 from .text_layout import TextEmbeddings
 from .tokenizer import MAX_LENGTH
 
@@ -80,6 +81,12 @@ class Request:
         check_negative_prompts(self.negative_prompt, self.negative_prompt_embeds, self.num_prompts)
         if self.timesteps is None and self.sigmas is None:
             check_count("num_inference_steps", self.num_inference_steps)
+        for name in ("height", "width"):
+            if getattr(self, name) is not None:
+                check_side(name, getattr(self, name))
+        if self.sampler is not None:
+            get_sampler(self.sampler)
+        check_count("max_sequence_length", self.max_sequence_length)
         check_count("num_images_per_prompt", self.num_images_per_prompt)
         check_number("guidance_scale", self.guidance_scale)
         check_number("strength", self.strength, 0.0, 1.0)

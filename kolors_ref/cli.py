@@ -1,0 +1,155 @@
+"""The command line: `kolors-ref generate PROMPT`, or just `kolors-ref PROMPT`."""
+
+import argparse
+import secrets
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from .picture_file import check_writable, read_parameters, save_picture
+
+if TYPE_CHECKING:
+    from .pipeline import KolorsPipeline
+
+COMMANDS = ("generate",)
+DTYPES = ("float32", "bfloat16", "float16")
+UNRECORDED = ("command", "output", "repeat")
+"""Arguments that do not change the picture."""
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Says what is wrong and exits with status 2."""
+        self.exit(2, f"kolors-ref: error: {message}\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command; gives the exit status: 0, 2 for a mistake of the user's, 130 for an interruption."""
+    try:
+        generate(parse(list(sys.argv[1:] if arguments is None else arguments)))
+    except KeyboardInterrupt:
+        print("kolors-ref: interrupted", file=sys.stderr)
+        return 130
+    except (ValueError, TypeError, OSError, ArithmeticError, MemoryError) as error:
+        return fail(error)
+    except RuntimeError as error:
+        if "memory" not in str(error):
+            raise
+        return fail(f"out of memory ({str(error).splitlines()[0]}); try a smaller picture")
+    return 0
+
+
+def fail(error: Exception | str) -> int:
+    """Says in one line what is wrong."""
+    print(f"kolors-ref: error: {' '.join(str(error).split())}", file=sys.stderr)
+    return 2
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """Reads the arguments; with --repeat, those that are not given are the recorded ones."""
+    if arguments and arguments[0] not in COMMANDS and arguments[0] not in ("-h", "--help", "--version"):
+        arguments = ["generate", *arguments]
+    parser, generate_parser = build_parsers()
+    options = parser.parse_args(arguments)
+    if options.repeat:
+        known = {action.dest for action in generate_parser._actions} | {"index"}
+        recorded = read_parameters(options.repeat)
+        generate_parser.set_defaults(**{name: value for name, value in recorded.items() if name in known})
+        options = parser.parse_args(arguments)
+    if not options.prompt:
+        parser.error("a prompt is missing; give it in quotes after the command, or a picture with --repeat")
+    if options.model is None:
+        parser.error("--model is missing; give the folder of a checkpoint")
+    return options
+
+
+def build_parsers() -> tuple[Parser, Parser]:
+    """Builds the parser of the whole command line, and the one of `generate`."""
+    parser = Parser(prog="kolors-ref", description="Kolors: pictures from prompts in Chinese or English.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    generate = commands.add_parser("generate", help="make pictures", description="Make pictures from prompts.")
+    add = generate.add_argument
+    add("prompt", nargs="*", metavar="PROMPT", help="what to draw; several prompts are drawn together")
+    add("--model", metavar="DIR", help="a checkpoint's folder, or the id of a hub repository")
+    add("--variant", help="files to take where a checkpoint has several, such as fp16")
+    add("--unet", metavar="FILE", help="a UNet to put over the model's: a .safetensors file or a checkpoint")
+    add("--negative-prompt", default="", metavar="TEXT", help="what to lead away from")
+    add("--height", type=int, help="in pixels, a multiple of 8 (default: the model's native size)")
+    add("--width", type=int, help="in pixels, a multiple of 8 (default: the model's native size)")
+    add("--steps", type=int, default=25, help="denoising steps (default: %(default)s)")
+    add("--guidance-scale", type=float, default=6.5, help="1 is no guidance (default: %(default)s)")
+    add("--sampler", metavar="NAME", help="such as euler or dpmpp-2m-karras (default: the checkpoint's)")
+    add("--seed", type=int, help="of the noise (default: drawn, and printed)")
+    add("--num-images", type=int, default=1, help="pictures of each prompt (default: %(default)s)")
+    add("--max-sequence-length", type=int, default=256, help="tokens of a prompt (default: %(default)s)")
+    add("--image", type=Path, metavar="FILE", help="a picture to start from")
+    add("--strength", type=float, default=0.8, help="how much of --image is redone, 0 to 1 (default: %(default)s)")
+    add("--dtype", choices=DTYPES, help="to compute in (default: the checkpoint's; bfloat16 for fp16 on a CPU)")
+    add("--device", default="cpu", help="such as cpu or cuda (default: %(default)s)")
+    add("-o", "--output", type=Path, metavar="FILE", help="a .png file (default: kolors-SEED.png)")
+    add("--repeat", type=Path, metavar="FILE", help="make the picture of this file again; other options change it")
+    generate.set_defaults(index=None)
+    return parser, generate
+
+
+def generate(options: argparse.Namespace) -> None:
+    """Makes pictures and writes them, each with all that is needed to make it again."""
+    seed = secrets.randbelow(2**32) if options.seed is None else options.seed
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"--seed is {seed}; it must be from 0 to 2^63 - 1")
+    output = options.output or Path(f"kolors-{seed}.png")
+    check_writable(output)
+
+    import torch
+    from tqdm import tqdm
+
+    from .images import load_image
+    from .pipeline import KolorsPipeline
+    from .request import Request
+
+    request = Request(
+        prompt=options.prompt,
+        negative_prompt=options.negative_prompt,
+        height=options.height,
+        width=options.width,
+        num_inference_steps=options.steps,
+        guidance_scale=options.guidance_scale,
+        sampler=options.sampler,
+        num_images_per_prompt=options.num_images,
+        generator=torch.Generator().manual_seed(seed),
+        image=None if options.image is None else load_image(options.image),
+        strength=options.strength,
+        max_sequence_length=options.max_sequence_length,
+    )
+    if options.seed is None:
+        print(f"seed {seed}", file=sys.stderr)
+    dtype = None if options.dtype is None else getattr(torch, options.dtype)
+    pipe = KolorsPipeline.from_pretrained(options.model, dtype, options.device, options.variant, options.unet)
+    denoising = pipe.denoise(**vars(request))
+    latents = denoising.latents
+    with tqdm(denoising, unit="step", disable=None) as steps:
+        for step in steps:
+            steps.set_postfix(sigma=f"{step.sigma:.3f}")
+            latents = step.latents
+    images = pipe.decode(latents)
+    record = recorded(options, pipe, seed)
+    if options.index is not None and options.index >= len(images):
+        raise ValueError(f"{options.repeat} is picture {options.index} of its run, but {len(images)} were made now")
+    for index in range(len(images)) if options.index is None else [options.index]:
+        path = output if len(images) == 1 or options.index is not None else output.with_stem(f"{output.stem}-{index}")
+        save_picture(images[index], path, {**record, "index": index})
+        print(path)
+
+
+def recorded(options: argparse.Namespace, pipe: "KolorsPipeline", seed: int) -> dict[str, Any]:
+    """Gives the parameters that make a picture again, for `--repeat`."""
+    record = {name: value for name, value in vars(options).items() if name not in UNRECORDED}
+    record.update(seed=seed, dtype=str(pipe.dtype).removeprefix("torch."))
+    return {name: str(value) if isinstance(value, Path) else value for name, value in record.items()}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,66 @@
+"""PNG files that remember how their picture was made."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, PngImagePlugin
+
+KEY = "kolors-ref"
+"""The name of the PNG text chunk that holds the parameters, as JSON."""
+
+
+def check_writable(path: Path) -> None:
+    """Raises OSError or ValueError unless a PNG file can be written at path; leaves nothing behind."""
+    if path.suffix.lower() != ".png":
+        raise ValueError(f"the output {path} must end in .png, the format that keeps the parameters")
+    if path.is_dir():
+        raise IsADirectoryError(f"the output {path} is a folder; give the name of a file")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"the folder {path.parent} of the output does not exist; create it first")
+    try:
+        partial(path).touch()
+        partial(path).unlink()
+    except OSError as error:
+        raise OSError(f"the output {path} cannot be written: {error.strerror}") from error
+
+
+def save_picture(image: Image.Image, path: Path, parameters: dict[str, Any]) -> None:
+    """Writes a picture and its parameters: beside the final name first, so that no half of a file ever has it."""
+    text = PngImagePlugin.PngInfo()
+    text.add_itxt(KEY, json.dumps(parameters, ensure_ascii=False))
+    try:
+        image.save(partial(path), format="PNG", pnginfo=text)
+        os.replace(partial(path), path)
+    except OSError as error:
+        raise OSError(f"the output {path} cannot be written: {error.strerror or error}") from error
+    finally:
+        partial(path).unlink(missing_ok=True)
+
+
+def read_parameters(path: Path) -> dict[str, Any]:
+    """Gives the parameters that a picture was made with.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no PNG file, or not one written by `save_picture`.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no picture {path} to repeat")
+    try:
+        with Image.open(path) as image:
+            image.load()
+            parameters = json.loads(image.info[KEY])
+    except KeyError:
+        raise ValueError(f"{path} holds no parameters; only pictures made by kolors-ref can be repeated") from None
+    except (OSError, SyntaxError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read as a picture made by kolors-ref") from error
+    if not isinstance(parameters, dict):
+        raise ValueError(f"{path} holds parameters that are not understood")
+    return parameters
+
+
+def partial(path: Path) -> Path:
+    """The name that a file has until it is whole."""
+    return path.with_name(f".{path.name}.partial-{os.getpid()}")
