@@ -44,9 +44,7 @@ def tokenizer():
 
 
 def assert_same(batch, official, prompts, max_length):
-    expected = official(
-        prompts, padding="max_length", max_length=max_length, truncation=True, return_tensors="pt"
-    )
+    expected = official(prompts, padding="max_length", max_length=max_length, truncation=True, return_tensors="pt")
     for name in ("input_ids", "attention_mask", "position_ids"):
         ours = getattr(batch, name)
         assert ours.dtype == torch.int64
@@ -135,7 +133,7 @@ def test_lone_surrogate(tokenizer):
 
 
 def test_missing_file(tmp_path):
-    with pytest.raises(FileNotFoundError, match="there is no tokenizer model at .*tokenizer.model"):
+    with pytest.raises(FileNotFoundError, match=r"there is no tokenizer model at .*tokenizer\.model"):
         Tokenizer(tmp_path / "tokenizer.model")
 
 

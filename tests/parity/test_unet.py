@@ -118,6 +118,7 @@ def test_context_add_reaches_every_cross_attention():
     oracle, ours = pair("unet", config)
     inputs = Inputs(config, torch.float64)
     context = ours.prepare(inputs.text, inputs.pooled, inputs.sizes)
+    # Ours shares the oracle's tensors: the context has to be made before they change.
     twice = context.add([layer[0]._replace(weight=weight) for layer in context.layers])
     assert all(len(layer) == 2 for layer in twice.layers)
     plain = official_noise(oracle, inputs, 300)
@@ -126,7 +127,6 @@ def test_context_add_reaches_every_cross_attention():
             parameter.mul_(1 + weight)
     theirs = official_noise(oracle, inputs, 300)
     assert relative_error(plain, theirs) > 1e-3
-    # Ours shares the oracle's tensors, so its context, with the values as they were, was computed before.
     assert_parity(ours(inputs.latents, 300, twice), theirs)
 
 
