@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ from PIL import Image
 from torch import Tensor
 
 from .arguments import Generators, check_finite, check_latents, check_output_type, check_side
-from .images import from_pixels, to_pixels
+from .image_prompts import Adapter, add_layers, encode_pictures, image_layers, load_adapter
+from .images import Pictures, from_pixels, to_pixels
 from .loading import load_parts
 from .models.glm import GLMEncoder
 from .models.unet import Context, UNet
@@ -74,6 +76,7 @@ class KolorsPipeline:
         schedule: the noise schedule of training.
         sampler: what is used where a call names none: the one that the checkpoint's scheduler_config.json asks for.
         zero_empty_negative: whether negative_prompt=None stands for embeddings of zeros instead of for "".
+        ip_adapters: the IP-Adapters loaded, by name, in order of loading.
     """
 
     def __init__(
@@ -88,6 +91,7 @@ class KolorsPipeline:
     ) -> None:
         self.tokenizer, self.text_encoder, self.unet, self.vae = tokenizer, text_encoder, unet, vae
         self.schedule, self.sampler, self.zero_empty_negative = schedule, sampler, zero_empty_negative
+        self.ip_adapters: dict[str, Adapter] = {}
 
     @classmethod
     def from_pretrained(
@@ -144,6 +148,51 @@ class KolorsPipeline:
         embeds = packed_layout(self.tokenizer(distinct, max_sequence_length)).encode(self.text_encoder)
         return embeds[[distinct.index(prompt) for prompt in prompts]]
 
+    def load_ip_adapter(
+        self, path: str | Path, image_encoder: str | Path | None = None, name: str | None = None
+    ) -> None:
+        """Loads an IP-Adapter-Plus for image prompts, beside those loaded already; the other networks stay as they are.
+
+        Args:
+            path: the official file, .bin or .safetensors.
+            image_encoder: its folder; if None that of the adapter loaded last, or else `image_encoder` beside the file.
+            name: how it is called, for `unload_ip_adapter`; if None the file's name without its suffix, numbered where
+                that is in use.
+
+        Raises:
+            FileNotFoundError: a file or folder is missing.
+            ValueError: a file is damaged or made for another model, or the name is in use.
+        """
+        if name is None:
+            stem = Path(path).stem
+            name = next(new for new in chain([stem], (f"{stem}-{i}" for i in count(2))) if new not in self.ip_adapters)
+        if name in self.ip_adapters:
+            raise ValueError(f"an IP-Adapter named {name!r} is loaded already; unload it or choose another name")
+        self.ip_adapters[name] = load_adapter(path, image_encoder, self.unet, list(self.ip_adapters.values()))
+
+    def unload_ip_adapter(self, name: str | None = None) -> None:
+        """Forgets an IP-Adapter, or all of them if name is None; raises ValueError for a name that is not loaded."""
+        if name is not None and name not in self.ip_adapters:
+            loaded = ", ".join(map(repr, self.ip_adapters)) or "none"
+            raise ValueError(f"there is no IP-Adapter named {name!r}; loaded: {loaded}")
+        self.ip_adapters = {} if name is None else {k: v for k, v in self.ip_adapters.items() if k != name}
+
+    @torch.no_grad()
+    def encode_image(self, ip_adapter_image: Pictures | Sequence[Pictures | None]) -> list[Tensor | None]:
+        """Encodes reference pictures, to be given as ip_adapter_embeds once or several times.
+
+        Args:
+            ip_adapter_image: as in `Request`.
+
+        Returns:
+            For each IP-Adapter loaded (2, N, 577, 1024), CLIP's view of nothing before that of its N pictures; None
+            where it has no pictures.
+
+        Raises:
+            TypeError, ValueError: a picture cannot be used, or no IP-Adapter is loaded.
+        """
+        return encode_pictures(list(self.ip_adapters.values()), ip_adapter_image)
+
     def __call__(self, *args: Any, output_type: str = "pil", **kwargs: Any) -> Output:
         """Makes pictures: runs the denoising loop to its end and decodes.
 
@@ -176,12 +225,17 @@ class KolorsPipeline:
         request = Request(*args, **kwargs)
         sampler, plan = self._plan(request)
         image = None if request.image is None else to_pixels(request.image, request.height, request.width, self.factor)
-        height, width = self._size(request) if image is None else image.shape[-2:]
+        height, width = self._size(request)
+        # Without height and width, a picture to start from is conditioned on the native size, not on its own.
         sizes = torch.stack(request.sizes(height, width))[0 if request.guided else 1 :]
+        if image is not None:
+            height, width = image.shape[-2:]
         sizes = sizes.repeat_interleave(request.num_images, dim=0).to(self.device)
+        adapters = list(self.ip_adapters.values())
+        images = image_layers(adapters, request, self.unet, height, width, self.factor)
         text = self._embed(request)
         text = text[torch.arange(len(text.pooled)).repeat_interleave(request.num_images_per_prompt)]
-        context = self.unet.prepare(text.sequence, text.pooled, sizes, text.key_bias)
+        context = add_layers(self.unet.prepare(text.sequence, text.pooled, sizes, text.key_bias), images)
 
         shape = (request.num_images, self.unet.config.in_channels, height // self.factor, width // self.factor)
         if image is not None:

@@ -1,7 +1,8 @@
 """What a caller asks a pipeline for: the arguments of a call, in one place and checked."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,9 +42,18 @@ class Request:
         image: pictures to start from (image-to-image): one for all, or some that the prompts share out. They are
             resized to height and width, and set the size where these are None.
         strength: how much of an image is redone, from 0 (nothing) to 1 (from the first noise level of text-to-image).
+        ip_adapter_image: reference pictures, for all prompts. With one IP-Adapter loaded a picture or a list of them,
+            which it sees all at once; with several a list with an entry for each, in order of loading: a picture, a
+            list of them, or None.
+        ip_adapter_scale: what the reference pictures count, 1 as trained, 0 nothing: a number, or a dict with numbers
+            for parts of the UNet (see `image_prompts.layer_scales`); for all adapters, or a list with an entry for
+            each. Where an adapter's pictures have masks, its entry may be a list with one for each picture.
+        ip_adapter_mask: where in the picture each reference picture counts (see `image_prompts.read_masks`): for one
+            adapter as many masks as pictures, for several a list of such or None.
+        ip_adapter_embeds: what `encode_image` gave, in place of ip_adapter_image.
         original_size, crops_coords_top_left, target_size: (h, w) in pixels, conditions of the UNet (Podell et al. 2023,
-            section 2.2); the sizes are height and width if None. The negative_ twins go to the negative branch, which
-            has the same as the other if none of them is given.
+            section 2.2); the sizes are height and width if None, and the native ones where these are None too. The
+            negative_ twins go to the negative branch, which has the same as the other if none of them is given.
         timesteps, sigmas: custom ones, in place of num_inference_steps, where the sampler takes them.
         prompt_embeds, negative_prompt_embeds: embeddings in place of prompts, one row a prompt.
         max_sequence_length: tokens of a prompt, prefix included; what is beyond is cut off.
@@ -64,6 +74,10 @@ class Request:
     latents: Tensor | None = None
     image: Pictures | None = None
     strength: float = 0.8
+    ip_adapter_image: Pictures | Sequence[Pictures | None] | None = None
+    ip_adapter_scale: float | Mapping[str, Any] | Sequence[Any] = 1.0
+    ip_adapter_mask: Any = None
+    ip_adapter_embeds: Tensor | Sequence[Tensor | None] | None = None
     original_size: Size | None = None
     crops_coords_top_left: Size = (0, 0)
     target_size: Size | None = None
@@ -93,6 +107,7 @@ class Request:
         check_generators(self.generator, self.num_images)
         if self.image is not None and self.latents is not None:
             raise ValueError("both image and latents are given; give one of them to start from")
+        self._check_image_prompts()
 
     @property
     def prompts(self) -> list[str] | None:
@@ -118,6 +133,14 @@ class Request:
     def guided(self) -> bool:
         """Whether there is a negative branch."""
         return self.guidance_scale > 1
+
+    def _check_image_prompts(self) -> None:
+        if not isinstance(self.ip_adapter_scale, Mapping | list | tuple):
+            check_number("ip_adapter_scale", self.ip_adapter_scale)
+        if self.ip_adapter_image is not None and self.ip_adapter_embeds is not None:
+            raise ValueError("both ip_adapter_image and ip_adapter_embeds are given; give one of them")
+        if self.ip_adapter_mask is not None and self.ip_adapter_image is None and self.ip_adapter_embeds is None:
+            raise ValueError("ip_adapter_mask is given without a reference picture; give ip_adapter_image as well")
 
     def sizes(self, height: int, width: int) -> tuple[Tensor, Tensor]:
         """Gives the size conditions of the negative branch and of the other, each (6,), for a picture of this size."""

@@ -14,7 +14,7 @@ from diffusers import (
     KolorsImg2ImgPipeline,
     KolorsPipeline,
 )
-from oracle import needs_tokenizer, small_pipeline
+from parity.oracle import needs_tokenizer, small_pipeline
 from PIL import Image
 
 from kolors_ref import KolorsPipeline as Ours
