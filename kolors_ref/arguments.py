@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 from .images import OUTPUT_TYPES
+from .sampling.noise import Generators
 from .text_layout import TextEmbeddings
 
 MAX_SIDE = 8192
 """The largest height or width, in pixels: eight times what Kolors was trained for, and 64 times the area."""
 
-Generators = torch.Generator | Sequence[torch.Generator] | None
 Size = tuple[int, int]
 
 

@@ -7,15 +7,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from .picture_file import check_writable, read_parameters, save_picture
+from .picture_file import check_writable, content_hash, read_parameters, save_picture
 
 if TYPE_CHECKING:
     from .pipeline import KolorsPipeline
 
 COMMANDS = ("generate",)
 DTYPES = ("float32", "bfloat16", "float16")
-UNRECORDED = ("command", "output", "repeat")
-"""Arguments that do not change the picture."""
+UNRECORDED = ("command", "output", "repeat", "help")
+"""Arguments that do not change the picture, and are not read from one."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -33,8 +33,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("kolors-ref: interrupted", file=sys.stderr)
         return 130
-    except (ValueError, TypeError, OSError, ArithmeticError, MemoryError) as error:
+    except (ValueError, TypeError, OSError, ArithmeticError) as error:
         return fail(error)
+    except MemoryError:
+        return fail("out of memory; try a smaller picture")
     except RuntimeError as error:
         if "memory" not in str(error):
             raise
@@ -50,20 +52,30 @@ def fail(error: Exception | str) -> int:
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     """Reads the arguments; with --repeat, those that are not given are the recorded ones."""
-    if arguments and arguments[0] not in COMMANDS and arguments[0] not in ("-h", "--help", "--version"):
+    if arguments and arguments[0] not in COMMANDS and arguments[0] not in ("-h", "--help"):
         arguments = ["generate", *arguments]
     parser, generate_parser = build_parsers()
     options = parser.parse_args(arguments)
     if options.repeat:
-        known = {action.dest for action in generate_parser._actions} | {"index"}
         recorded = read_parameters(options.repeat)
-        generate_parser.set_defaults(**{name: value for name, value in recorded.items() if name in known})
-        options = parser.parse_args(arguments)
+        generate_parser.set_defaults(prompt=recorded.get("prompt"), index=recorded.get("index"))
+        options = parser.parse_args(["generate", *as_arguments(recorded, generate_parser), *arguments[1:]])
     if not options.prompt:
         parser.error("a prompt is missing; give it in quotes after the command, or a picture with --repeat")
     if options.model is None:
         parser.error("--model is missing; give the folder of a checkpoint")
     return options
+
+
+def as_arguments(record: dict[str, Any], parser: Parser) -> list[str]:
+    """Writes recorded options as they would be typed, so that the parser checks what may have been edited."""
+    arguments = []
+    for action in parser._actions:
+        value = None if action.dest in UNRECORDED else record.get(action.dest)
+        if action.option_strings and value is not None:
+            values = value if isinstance(value, list) else [value]
+            arguments += [f"{action.option_strings[-1]}={one}" for one in values]
+    return arguments
 
 
 def build_parsers() -> tuple[Parser, Parser]:
@@ -87,11 +99,18 @@ def build_parsers() -> tuple[Parser, Parser]:
     add("--max-sequence-length", type=int, default=256, help="tokens of a prompt (default: %(default)s)")
     add("--image", type=Path, metavar="FILE", help="a picture to start from")
     add("--strength", type=float, default=0.8, help="how much of --image is redone, 0 to 1 (default: %(default)s)")
+    add("--ip-adapter", action="append", metavar="FILE", help="an IP-Adapter-Plus, for image prompts; repeatable")
+    add("--image-encoder", metavar="DIR", help="its CLIP (default: image_encoder beside the adapter)")
+    add(
+        "--ip-image", action="append", metavar="FILE", help="a reference picture; repeatable, one an adapter if several"
+    )
+    add("--ip-scale", type=float, default=1.0, help="what reference pictures count (default: %(default)s)")
+    add("--lora", action="append", metavar="FILE[:SCALE]", help="a LoRA and its weight (default: 1); repeatable")
     add("--dtype", choices=DTYPES, help="to compute in (default: the checkpoint's; bfloat16 for fp16 on a CPU)")
     add("--device", default="cpu", help="such as cpu or cuda (default: %(default)s)")
     add("-o", "--output", type=Path, metavar="FILE", help="a .png file (default: kolors-SEED.png)")
     add("--repeat", type=Path, metavar="FILE", help="make the picture of this file again; other options change it")
-    generate.set_defaults(index=None)
+    generate.set_defaults(index=None, inputs={})
     return parser, generate
 
 
@@ -110,6 +129,8 @@ def generate(options: argparse.Namespace) -> None:
     from .pipeline import KolorsPipeline
     from .request import Request
 
+    loras = [split_scale(lora) for lora in options.lora or []]
+    inputs = check_inputs(options, [options.image, *(options.ip_image or []), *(options.ip_adapter or [])], loras)
     request = Request(
         prompt=options.prompt,
         negative_prompt=options.negative_prompt,
@@ -122,12 +143,23 @@ def generate(options: argparse.Namespace) -> None:
         generator=torch.Generator().manual_seed(seed),
         image=None if options.image is None else load_image(options.image),
         strength=options.strength,
+        ip_adapter_image=None if options.ip_image is None else [load_image(Path(file)) for file in options.ip_image],
+        ip_adapter_scale=options.ip_scale,
         max_sequence_length=options.max_sequence_length,
     )
+    wanted = [index for index in range(request.num_images) if options.index in (None, index)]
+    if not wanted:
+        raise ValueError(
+            f"{options.repeat} is picture {options.index} of its run, but {request.num_images} are asked for"
+        )
     if options.seed is None:
         print(f"seed {seed}", file=sys.stderr)
     dtype = None if options.dtype is None else getattr(torch, options.dtype)
     pipe = KolorsPipeline.from_pretrained(options.model, dtype, options.device, options.variant, options.unet)
+    for adapter in options.ip_adapter or []:
+        pipe.load_ip_adapter(adapter, options.image_encoder)
+    for file, scale in loras:
+        pipe.load_lora(file, scale)
     denoising = pipe.denoise(**vars(request))
     latents = denoising.latents
     with tqdm(denoising, unit="step", disable=None) as steps:
@@ -135,13 +167,38 @@ def generate(options: argparse.Namespace) -> None:
             steps.set_postfix(sigma=f"{step.sigma:.3f}")
             latents = step.latents
     images = pipe.decode(latents)
-    record = recorded(options, pipe, seed)
-    if options.index is not None and options.index >= len(images):
-        raise ValueError(f"{options.repeat} is picture {options.index} of its run, but {len(images)} were made now")
-    for index in range(len(images)) if options.index is None else [options.index]:
-        path = output if len(images) == 1 or options.index is not None else output.with_stem(f"{output.stem}-{index}")
+    record = {**recorded(options, pipe, seed), "inputs": inputs}
+    for index in wanted:
+        path = output if len(wanted) == 1 else output.with_stem(f"{output.stem}-{index}")
         save_picture(images[index], path, {**record, "index": index})
-        print(path)
+        encoding = sys.stdout.encoding or "utf-8"
+        print(str(path).encode(encoding, "backslashreplace").decode(encoding))
+
+
+def split_scale(lora: str) -> tuple[str, float]:
+    """Splits FILE:SCALE; the scale is 1 where there is none."""
+    file, _, scale = lora.rpartition(":")
+    try:
+        return (file, float(scale)) if file else (lora, 1.0)
+    except ValueError:
+        if Path(lora).exists() or "/" in scale or "\\" in scale:
+            return lora, 1.0
+        raise ValueError(f"--lora {lora} has the scale {scale!r}; it must be a number") from None
+
+
+def check_inputs(
+    options: argparse.Namespace, files: Sequence[str | Path | None], loras: Sequence[tuple[str, float]]
+) -> dict[str, str]:
+    """Gives the content hash of every input file; raises ValueError if one is not what a repeated picture was made of."""
+    inputs = {}
+    for file in [Path(file) for file in (*files, *(lora for lora, _ in loras)) if file is not None]:
+        if file.is_file():
+            inputs[str(file)] = content_hash(file)
+            if inputs[str(file)] != options.inputs.get(str(file), inputs[str(file)]):
+                raise ValueError(
+                    f"{file} is no longer the file that {options.repeat} was made with; its content changed"
+                )
+    return inputs
 
 
 def recorded(options: argparse.Namespace, pipe: "KolorsPipeline", seed: int) -> dict[str, Any]:

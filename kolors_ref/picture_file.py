@@ -1,5 +1,6 @@
 """PNG files that remember how their picture was made."""
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -29,7 +30,8 @@ def check_writable(path: Path) -> None:
 def save_picture(image: Image.Image, path: Path, parameters: dict[str, Any]) -> None:
     """Writes a picture and its parameters: beside the final name first, so that no half of a file ever has it."""
     text = PngImagePlugin.PngInfo()
-    text.add_itxt(KEY, json.dumps(parameters, ensure_ascii=False))
+    # A file name that is not UTF-8 reaches Python with lone surrogates, which backslashes turn into JSON's own escapes.
+    text.add_itxt(KEY, json.dumps(parameters, ensure_ascii=False).encode(errors="backslashreplace").decode())
     try:
         image.save(partial(path), format="PNG", pnginfo=text)
         os.replace(partial(path), path)
@@ -54,11 +56,17 @@ def read_parameters(path: Path) -> dict[str, Any]:
             parameters = json.loads(image.info[KEY])
     except KeyError:
         raise ValueError(f"{path} holds no parameters; only pictures made by kolors-ref can be repeated") from None
-    except (OSError, SyntaxError, ValueError) as error:
+    except (OSError, SyntaxError, ValueError, RecursionError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path} cannot be read as a picture made by kolors-ref") from error
     if not isinstance(parameters, dict):
         raise ValueError(f"{path} holds parameters that are not understood")
     return parameters
+
+
+def content_hash(path: Path) -> str:
+    """Gives the SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def partial(path: Path) -> Path:

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
-from .arguments import Generators, check_finite, check_latents, check_output_type, check_side
+from . import lora
+from .arguments import check_finite, check_latents, check_output_type, check_side
 from .image_prompts import Adapter, add_layers, encode_pictures, image_layers, load_adapter
 from .images import Pictures, from_pixels, to_pixels
 from .loading import load_parts
@@ -21,11 +22,14 @@ from .models.vae import VAE
 from .request import Request
 from .sampling import NoiseSchedule, Plan, Sampler, Step, get_sampler
 from .sampling.guidance import classifier_free_guidance
+from .sampling.noise import draw_noise
 from .sampling.protocol import DrawNoise
 from .text_layout import TextEmbeddings, concatenate, packed_layout, padded_layout
 from .tokenizer import MAX_LENGTH, Tokenizer
 
 Output = list[Image.Image] | np.ndarray | Tensor
+BLACK = 1 / 255 - 1
+"""The brightest pixel that becomes black when it is rounded to one of 256 values."""
 
 
 @dataclass(frozen=True)
@@ -193,6 +197,26 @@ class KolorsPipeline:
         """
         return encode_pictures(list(self.ip_adapters.values()), ip_adapter_image)
 
+    def load_lora(self, path: str | Path, scale: float = 1.0, name: str | None = None) -> str:
+        """Puts a LoRA on the UNet and the text encoder and gives its name; arguments and errors are `lora.load`'s."""
+        return lora.load(self._adaptable, path, scale, name)
+
+    def unload_lora(self, name: str | None = None) -> None:
+        """Takes a LoRA off, or all of them if name is None; raises ValueError for a name that is not loaded."""
+        lora.unload(self._adaptable, name)
+
+    def fuse_lora(self) -> None:
+        """Adds all LoRAs into the weights, for speed; `unfuse_lora` restores these bit for bit."""
+        lora.fuse(*self._adaptable.values())
+
+    def unfuse_lora(self) -> None:
+        """Restores the weights that `fuse_lora` changed; the LoRAs stay loaded."""
+        lora.unfuse(*self._adaptable.values())
+
+    @property
+    def _adaptable(self) -> dict[str, nn.Module]:
+        return {"unet": self.unet, "text_encoder": self.text_encoder}
+
     def __call__(self, *args: Any, output_type: str = "pil", **kwargs: Any) -> Output:
         """Makes pictures: runs the denoising loop to its end and decodes.
 
@@ -258,7 +282,7 @@ class KolorsPipeline:
         latents = latents.to(device=weight.device, dtype=weight.dtype)
         pixels = torch.cat([self.vae.decode(one) for one in latents.split(1)])
         check_finite(pixels, "decoding (the VAE)")
-        if (pixels <= -1).flatten(1).all(1).any():
+        if (pixels <= BLACK).flatten(1).all(1).any():
             raise FloatingPointError("decoding (the VAE) gave an all-black picture; try another dtype or prompt")
         return from_pixels(pixels, output_type)
 
@@ -307,18 +331,10 @@ class KolorsPipeline:
         weight = self.vae.quant_conv.weight
         posterior = self.vae.encode(image.to(device=weight.device, dtype=weight.dtype)).repeat(rows // len(image))
         noise = draw_noise((rows, *shape[1:]), request.generator, weight.device, weight.dtype)
-        latents = posterior.sample(noise).to(device=self.device, dtype=self.dtype).repeat(shape[0] // rows, 1, 1, 1)
+        latents = check_finite(posterior.sample(noise), "encoding the picture (the VAE)")
+        latents = latents.to(device=self.device, dtype=self.dtype).repeat(shape[0] // rows, 1, 1, 1)
         begin = plan.num_steps - min(int(plan.num_steps * request.strength), plan.num_steps)
         if begin == plan.num_steps:
             return latents, None
         plan = plan.from_step(begin)
         return sampler.add_noise(latents, draw_noise(shape, request.generator, self.device, self.dtype), plan), plan
-
-
-def draw_noise(shape: tuple[int, ...], generator: Generators, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Draws unit noise as diffusers does: on the generator's device, row by row where each has its own generator."""
-    if isinstance(generator, list | tuple) and len(generator) > 1:
-        return torch.cat([draw_noise((1, *shape[1:]), one, device, dtype) for one in generator])
-    generator = generator[0] if isinstance(generator, list | tuple) else generator
-    where = device if generator is None else generator.device
-    return torch.randn(shape, generator=generator, device=where, dtype=dtype).to(device)

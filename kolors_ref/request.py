@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from .arguments import (
-    Generators,
     Size,
     check_count,
     check_generators,
@@ -20,6 +19,7 @@ from .arguments import (
 )
 from .images import Pictures
 from .sampling import Sampler, get_sampler
+from .sampling.noise import Generators
 from .text_layout import TextEmbeddings
 from .tokenizer import MAX_LENGTH
 

@@ -50,9 +50,10 @@ def concatenate(parts: Sequence[TextEmbeddings]) -> TextEmbeddings:
         key_bias = None
     else:
         biases = [
-            part.pooled.new_zeros(part.sequence.shape[:2]) if part.key_bias is None else part.key_bias for part in parts
+            part.pooled.new_zeros(part.sequence.shape[:2]).float() if part.key_bias is None else part.key_bias
+            for part in parts
         ]
-        key_bias = torch.cat([F.pad(bias.float(), (length - bias.shape[1], 0), value=-math.inf) for bias in biases])
+        key_bias = torch.cat([F.pad(bias, (length - bias.shape[1], 0), value=-math.inf) for bias in biases])
     return TextEmbeddings(
         torch.cat([F.pad(part.sequence, (0, 0, length - part.sequence.shape[1], 0)) for part in parts]),
         torch.cat([part.pooled for part in parts]),

@@ -263,6 +263,15 @@ def test_a_network_that_changes_its_format(unet):
     assert torch.equal(run(unet), once)
 
 
+def test_matrices_of_two_formats(unet):
+    wanted, mixed = updates(unet, LAYERS, dtype=torch.float16), {}
+    for layer, low_rank in wanted.items():
+        mixed[layer] = LowRank(low_rank.down.float(), low_rank.up, low_rank.alpha)
+    attach(other := copy.deepcopy(unet), wanted, "a")
+    attach(unet, mixed, "a")
+    assert torch.equal(run(unet), run(other))
+
+
 def test_gradients_after_inference_mode(unet):
     """Matrices cast inside inference mode still serve a later call that records gradients."""
     attach(unet, updates(unet, LAYERS), "a")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -187,7 +187,7 @@ def save_lora(path: str | Path, lora: LoRA, naming: str = "peft", force: bool = 
     force: replace a file that stands there already.
 
     Raises ValueError for an unknown naming, another suffix, an empty LoRA or a layer that Kolors does not have;
-    FileExistsError, FileNotFoundError for a path that is taken or has no parent folder.
+    FileExistsError, FileNotFoundError for a path that is taken or has no parent folder; OSError for a full disk.
     """
     path = Path(path)
     if naming not in names.NAMINGS:
@@ -213,6 +213,8 @@ def save_lora(path: str | Path, lora: LoRA, naming: str = "peft", force: bool = 
     try:
         save_file(tensors, partial, metadata)
         partial.replace(path)
+    except SafetensorError as error:  # what the library makes of a full disk and its like
+        raise OSError(f"{path} cannot be written: {error}.") from None
     finally:
         partial.unlink(missing_ok=True)  # gone already where all went well
 

@@ -1,5 +1,6 @@
 """LoRA on the UNet and the text encoder against diffusers and PEFT, with files of each naming."""
 
+import copy
 import json
 import re
 
@@ -12,12 +13,13 @@ from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, inject_a
 from peft.utils import set_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch import nn
 
-from kolors_ref.lora import attach, detach, fuse, load, read_lora, save_lora, unfuse, unload
+from kolors_ref.lora import LowRank, attach, detach, fuse, load, read_lora, save_lora, unfuse, unload
 from kolors_ref.text_layout import packed_layout
 
-SIZES = {"channels": (16, 32, 32), "depth": (0, 1, 2), "num_heads": (2, 2, 4), "cross_attention_dim": 24}
-UNET = unet_config(**SIZES, layers_per_block=1)
+SIZES = {"channels": (16, 32, 32), "num_heads": (2, 2, 4), "cross_attention_dim": 24}
+UNET = unet_config(**SIZES, depth=(0, 1, 1), layers_per_block=1)
 GLM = glm_config(vocab_size=VOCAB)
 LINEAR = ["to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"]
 EVERYWHERE = [*LINEAR, "time_emb_proj", "linear_1", "linear_2", "encoder_hid_proj"]
@@ -229,7 +231,7 @@ def test_kohya_names_with_an_alpha_per_layer(tmp_path):
 
 def test_kohya_names_of_the_original_blocks(tmp_path):
     """A file that names the blocks as SDXL's original code gives the same as one with the official names."""
-    oracle, ours = pair("unet", unet_config(**SIZES))
+    oracle, ours = pair("unet", unet_config(**SIZES, depth=(0, 1, 2)))
     path = trained(oracle, tmp_path, r=2, target_modules=EVERYWHERE)
     official, original = {}, {}
     for name, tensor in kohya(load_file(path), lambda layer, rank: 3).items():
@@ -244,7 +246,7 @@ def test_kohya_names_of_the_original_blocks(tmp_path):
     assert one.keys() == other.keys()
     assert all(torch.equal(one[layer].down, other[layer].down) for layer in one)
     load({"unet": ours}, tmp_path / "original.safetensors")
-    oracle, _ = pair("unet", unet_config(**SIZES))
+    oracle, _ = pair("unet", unet_config(**SIZES, depth=(0, 1, 2)))
     assert_parity(run_ours(ours), run_oracle(read_by_diffusers(oracle, tmp_path / "original.safetensors")))
 
 
@@ -264,24 +266,43 @@ def test_diffusers_reads_what_is_written(tmp_path, naming):
     assert_parity(run_oracle(read_by_diffusers(oracle, exported)), expected)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_half_precision_file(tmp_path, dtype):
-    """fp16 matrices are cast to the network's format; fusing rounds once."""
-    exact, _ = pair("unet", UNET)
-    path = trained(exact, tmp_path, r=4, lora_alpha=6, target_modules=EVERYWHERE)
+def test_a_half_precision_file(tmp_path):
+    """fp16 matrices on a float32 network are cast to it."""
+    oracle, ours = pair("unet", UNET, torch.float32)
+    path = trained(oracle, tmp_path, r=4, lora_alpha=6, target_modules=[*LINEAR, "conv2", "conv_in"])
     save_file({name: tensor.half() for name, tensor in load_file(path).items()}, path)
-    exact, _ = pair("unet", UNET)
-    expected = run_oracle(read_by_diffusers(exact, path))
-    oracle, ours = pair("unet", UNET, dtype)
-    theirs = run_oracle(read_by_diffusers(oracle, path), dtype)
+    oracle, _ = pair("unet", UNET, torch.float32)
     load({"unet": ours}, path)
-    for state in ("hooks", "fused"):
-        output = run_ours(ours, dtype)
-        assert output.dtype == dtype, state
-        if dtype == torch.float32:
-            assert_parity(output, theirs)
-        else:
-            assert relative_error(output, expected) < 1.2 * relative_error(theirs, expected), state
+    for _ in ("hooks", "fused"):
+        assert_parity(run_ours(ours, torch.float32), run_oracle(read_by_diffusers(oracle, path), torch.float32))
+        oracle, _ = pair("unet", UNET, torch.float32)
+        fuse(ours)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+@torch.no_grad()
+def test_a_layer_in_half_precision(kind, dtype):
+    """fp16 matrices on a layer in half precision: as near to the exact result as PEFT, as hooks and fused."""
+    torch.manual_seed(5)
+    layer = nn.Linear(64, 96) if kind == "linear" else nn.Conv2d(24, 32, 3, stride=2, padding=1)
+    x = (torch.randn(400, 64) if kind == "linear" else torch.randn(4, 24, 17, 20)).to(dtype)
+    ours = nn.ModuleDict({"layer": layer}).to(dtype)
+    oracle = inject_adapter_in_model(LoraConfig(r=6, lora_alpha=8, target_modules=["layer"]), copy.deepcopy(ours))
+    randomise_adapter(oracle.half(), "default", 6)
+    adapted = oracle["layer"]
+    down, up = adapted.lora_A["default"].weight.clone(), adapted.lora_B["default"].weight.clone()
+    theirs = oracle.to(dtype)["layer"](x)
+    exact = oracle.double()
+    exact["layer"].base_layer.load_state_dict(layer.state_dict())
+    adapted.lora_A["default"].weight.copy_(down)
+    adapted.lora_B["default"].weight.copy_(up)
+    exact = exact["layer"](x.double())
+    attach(ours, {"layer": LowRank(down, up, 8)}, "a")
+    assert ours["layer"].lora.updates["a"].down.dtype == dtype
+    for _ in ("hooks", "fused"):
+        assert ours["layer"](x).dtype == dtype
+        assert 1e-5 < relative_error(ours["layer"](x), exact) < 1.05 * relative_error(theirs, exact)
         fuse(ours)
 
 
