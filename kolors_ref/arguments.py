@@ -12,15 +12,22 @@ from .text_layout import TextEmbeddings
 MAX_SIDE = 8192
 """The largest height or width, in pixels: eight times what Kolors was trained for, and 64 times the area."""
 
+MAX_IMAGES = 1024
+"""The most pictures of a prompt in one call: all of them are in memory at once."""
+MAX_TOKENS = 32768
+"""The longest prompt: the positions that ChatGLM3 knows."""
+
 Size = tuple[int, int]
 
 
-def check_count(name: str, value: int, least: int = 1) -> None:
-    """Raises unless value is an integer of at least `least`."""
+def check_count(name: str, value: int, most: int | None = None) -> None:
+    """Raises unless value is an integer from 1 to `most`."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an integer, not {value!r}")
-    if value < least:
-        raise ValueError(f"{name} is {value}; it must be at least {least}")
+    if value < 1:
+        raise ValueError(f"{name} is {value}; it must be at least 1")
+    if most is not None and value > most:
+        raise ValueError(f"{name} is {value}; the most is {most}")
 
 
 def check_number(name: str, value: float, least: float = float("-inf"), most: float = float("inf")) -> None:

@@ -58,7 +58,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.repeat:
         recorded = read_parameters(options.repeat)
-        generate_parser.set_defaults(prompt=recorded.get("prompt"), index=recorded.get("index"))
+        inputs = recorded.get("inputs") if isinstance(recorded.get("inputs"), dict) else {}
+        generate_parser.set_defaults(prompt=recorded.get("prompt"), index=recorded.get("index"), inputs=inputs)
         options = parser.parse_args(["generate", *as_arguments(recorded, generate_parser), *arguments[1:]])
     if not options.prompt:
         parser.error("a prompt is missing; give it in quotes after the command, or a picture with --repeat")
@@ -189,7 +190,7 @@ def split_scale(lora: str) -> tuple[str, float]:
 def check_inputs(
     options: argparse.Namespace, files: Sequence[str | Path | None], loras: Sequence[tuple[str, float]]
 ) -> dict[str, str]:
-    """Gives the content hash of every input file; raises ValueError if one is not what a repeated picture was made of."""
+    """Gives the content hash of every input file; raises ValueError if one changed since the picture to repeat."""
     inputs = {}
     for file in [Path(file) for file in (*files, *(lora for lora, _ in loras)) if file is not None]:
         if file.is_file():

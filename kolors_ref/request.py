@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from .arguments import (
+    MAX_IMAGES,
+    MAX_TOKENS,
     Size,
     check_count,
     check_generators,
@@ -100,8 +102,8 @@ class Request:
                 check_side(name, getattr(self, name))
         if self.sampler is not None:
             get_sampler(self.sampler)
-        check_count("max_sequence_length", self.max_sequence_length)
-        check_count("num_images_per_prompt", self.num_images_per_prompt)
+        check_count("max_sequence_length", self.max_sequence_length, MAX_TOKENS)
+        check_count("num_images_per_prompt", self.num_images_per_prompt, MAX_IMAGES)
         check_number("guidance_scale", self.guidance_scale)
         check_number("strength", self.strength, 0.0, 1.0)
         check_generators(self.generator, self.num_images)
