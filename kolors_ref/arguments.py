@@ -12,6 +12,7 @@ from .text_layout import TextEmbeddings
 MAX_SIDE = 8192
 """The largest height or width, in pixels: eight times what Kolors was trained for, and 64 times the area."""
 
+LARGEST = torch.finfo(torch.float32).max
 MAX_IMAGES = 1024
 """The most pictures of a prompt in one call: all of them are in memory at once."""
 MAX_TOKENS = 32768
@@ -30,12 +31,12 @@ def check_count(name: str, value: int, most: int | None = None) -> None:
         raise ValueError(f"{name} is {value}; the most is {most}")
 
 
-def check_number(name: str, value: float, least: float = float("-inf"), most: float = float("inf")) -> None:
+def check_number(name: str, value: float, least: float = -LARGEST, most: float = LARGEST) -> None:
     """Raises unless value is a finite number within bounds."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{name} must be a number, not {value!r}")
-    if value != value or value in (float("inf"), float("-inf")) or not least <= value <= most:
-        bounds = f" from {least:g} to {most:g}" if most < float("inf") else ""
+    if not least <= value <= most:
+        bounds = f" from {least:g} to {most:g}" if most < LARGEST else ""
         raise ValueError(f"{name} is {value}; it must be a finite number{bounds}")
 
 
@@ -112,9 +113,21 @@ def check_embeddings(name: str, embeds: TextEmbeddings) -> None:
     """Raises unless embeds are embeddings whose parts fit together."""
     if not isinstance(embeds, TextEmbeddings):
         raise TypeError(f"{name} must be what encode_prompt gives, not {type(embeds).__name__}")
+    if not all(
+        isinstance(part, Tensor)
+        for part in (embeds.sequence, embeds.pooled, *([] if embeds.key_bias is None else [embeds.key_bias]))
+    ):
+        raise TypeError(f"{name} must hold tensors, as what encode_prompt gives does")
     if embeds.sequence.ndim != 3 or embeds.pooled.shape != embeds.sequence[:, 0].shape:
         shapes = f"{tuple(embeds.sequence.shape)} and {tuple(embeds.pooled.shape)}"
         raise ValueError(f"{name} has a sequence and a pooled embedding of shapes {shapes}; must be (B, L, D), (B, D)")
+    if embeds.key_bias is not None and embeds.key_bias.shape != embeds.sequence.shape[:2]:
+        shapes = f"{tuple(embeds.key_bias.shape)} for a sequence of shape {tuple(embeds.sequence.shape)}"
+        raise ValueError(f"{name} has a key_bias of shape {shapes}; must be (B, L) for (B, L, D)")
+    if not embeds.sequence.numel():
+        raise ValueError(f"{name} is empty; give at least one prompt")
+    if not all(torch.isfinite(part).all() for part in (embeds.sequence, embeds.pooled)):
+        raise ValueError(f"{name} holds NaN or infinity; look at what it was computed with")
 
 
 def check_generators(generator: Generators, count: int) -> None:
@@ -133,7 +146,9 @@ def check_latents(latents: Tensor, shape: tuple[int, ...]) -> Tensor:
         raise TypeError(f"latents must be a tensor, not {type(latents).__name__}")
     if latents.shape != shape:
         raise ValueError(f"latents has shape {tuple(latents.shape)}; these prompts and this size need {shape}")
-    return check_finite(latents, "the given latents")
+    if not torch.isfinite(latents).all():
+        raise ValueError("latents holds NaN or infinity; it must be unit noise")
+    return latents
 
 
 def check_finite(tensor: Tensor, stage: str) -> Tensor:

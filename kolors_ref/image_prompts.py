@@ -1,11 +1,11 @@
-"""Image prompts: from reference pictures, scales and masks to what every cross-attention of the UNet looks at beside
-the text (IP-Adapter, Ye et al. 2023).
+"""Image prompts: from reference pictures, scales and masks to what the UNet looks at beside the text.
 
-Nothing here depends on the timestep, so it runs once a call; its keys and values become a part of the `Context`.
+The method is IP-Adapter's (Ye et al. 2023). Nothing here depends on the timestep, so it runs once a call; its keys and
+values become a part of the `Context`.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +22,7 @@ from .images import Pictures, clip_pixels
 from .ip_adapter_file import load_image_encoder, load_ip_adapter
 from .models.clip import CLIPVision
 from .models.ip_adapter import IPAdapter
-from .models.unet import Context, KeyValue, UNet
+from .models.unet import KeyValue, UNet
 from .request import Request
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -194,12 +194,13 @@ def layer_masks(mask: Tensor, unet: UNet, height: int, width: int) -> list[Tenso
 
     height and width are those of the latents. Bicubic, so edges overshoot a little.
     """
+    blocks = attention_blocks(unet.config)
     levels = {}
-    for block in attention_blocks(unet.config):
-        size = [-(-side // 2**block.level) for side in (height, width)]  # the UNet halves rounding up
+    for level in {block.level for block in blocks}:
+        size = [-(-side // 2**level) for side in (height, width)]  # the UNet halves rounding up
         small = F.interpolate(mask[None, None], size=size, mode="bicubic")
-        levels[block.level] = rearrange(small, "1 1 h w -> 1 1 (h w) 1").to(unet.conv_in.weight)
-    return [levels[b.level] for b in attention_blocks(unet.config) for _ in range(b.transformers * b.depth)]
+        levels[level] = rearrange(small, "1 1 h w -> 1 1 (h w) 1").to(unet.conv_in.weight)
+    return [levels[block.level] for block in blocks for _ in range(block.transformers * block.depth)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -264,11 +265,6 @@ def layer_weights(
         return scales
     levels = layer_masks(mask, unet, height, width)
     return [None if number is None else number * level for number, level in zip(scales, levels, strict=True)]
-
-
-def add_layers(context: Context, layers: Sequence[tuple[KeyValue, ...]]) -> Context:
-    """Lets every cross-attention look at its image prompts too."""
-    return replace(context, layers=tuple((*old, *new) for old, new in zip(context.layers, layers, strict=True)))
 
 
 def _views(

@@ -3,6 +3,7 @@
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,8 @@ from .sampling import NoiseSchedule, Sampler, read_scheduler_config
 from .tokenizer import Tokenizer
 
 NETWORKS = {"text_encoder": (GLMEncoder, GLMConfig), "unet": (UNet, UNetConfig), "vae": (VAE, VAEConfig)}
+FORMATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""The number formats that weights may have, and that can be computed in."""
 
 
 @dataclass(frozen=True)
@@ -46,15 +49,17 @@ def load_parts(
     check_complete(checkpoint)
     if unet is not None:
         networks["unet"] = over_base(open_checkpoint(unet), networks["unet"])
+    tokenizer = Tokenizer(checkpoint.tokenizer)
+    check_fit(tokenizer, *(networks[name].config for name in NETWORKS))
     device = check_device(device)
+    if dtype is not None and dtype not in FORMATS:
+        raise ValueError(f"dtype is {dtype!r}; it must be one of {', '.join(map(str, FORMATS))}")
     dtype = dtype or default_dtype(networks["unet"], device)
-    if dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-        raise ValueError(f"dtype is {dtype}; it must be float16, bfloat16, float32 or float64")
     # The decoder's activations overflow in fp16, so the autoencoder is held in fp32 then.
     vae_dtype = torch.float32 if dtype == torch.float16 else dtype
     config, sampler = read_scheduler_config(checkpoint.scheduler)
     return Parts(
-        tokenizer=Tokenizer(checkpoint.tokenizer),
+        tokenizer=tokenizer,
         text_encoder=load_network(networks["text_encoder"], dtype, device),
         unet=load_network(networks["unet"], dtype, device),
         vae=load_network(networks["vae"], vae_dtype, device).to(memory_format=torch.channels_last),
@@ -68,12 +73,16 @@ def load_network(network: Network, dtype: torch.dtype, device: torch.device | st
     """Builds a network and gives it its tensors, in place in the mapped file where type and device allow it.
 
     Raises:
-        ValueError: a tensor has the wrong shape, or holds NaN or infinity.
+        ValueError: a tensor has the wrong shape or format, or holds NaN or infinity, or the config fits no network.
     """
     module_class, config_class = NETWORKS[network.name]
     config = {name: tuple(value) if isinstance(value, list) else value for name, value in network.config.items()}
-    with torch.device("meta"):
-        module = module_class(config_class(**config))
+    try:
+        with torch.device("meta"):
+            module = module_class(config_class(**config))
+    except (ValueError, TypeError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"the {network.name} cannot be built with the sizes in its config: {reason}") from error
     state = {}
     for name, parameter in module.state_dict().items():
         tensor = network.tensors[name]
@@ -89,7 +98,11 @@ def load_network(network: Network, dtype: torch.dtype, device: torch.device | st
 
 
 def check_numbers(tensor: Tensor, what: str) -> None:
-    """Raises ValueError unless every number is finite; reads the tensor once and allocates nothing."""
+    """Raises ValueError unless every number is a finite float; reads the tensor once and allocates nothing."""
+    if tensor.dtype not in FORMATS:
+        raise ValueError(
+            f"{what} is of the format {str(tensor.dtype).removeprefix('torch.')}; only floats are supported"
+        )
     if not all(torch.isfinite(bound) for bound in torch.aminmax(tensor)):
         raise ValueError(f"{what} holds NaN or infinity in the file; the checkpoint is damaged")
 
@@ -101,6 +114,27 @@ def check_complete(checkpoint: Checkpoint) -> None:
     found = set(checkpoint.networks) | {name for name in ("scheduler", "tokenizer") if getattr(checkpoint, name)}
     if missing := [name for name in (*NETWORKS, "scheduler", "tokenizer") if name not in found]:
         raise ValueError(f"the checkpoint {checkpoint.path} has no {missing[0]}; a picture needs it")
+
+
+def check_fit(tokenizer: Tokenizer, glm: dict[str, Any], unet: dict[str, Any], vae: dict[str, Any]) -> None:
+    """Raises ValueError unless the parts, each given by its config, are made for each other."""
+    if tokenizer.vocab_size > glm["vocab_size"]:
+        size = f"{tokenizer.vocab_size} ids, but the text encoder's vocabulary has {glm['vocab_size']}"
+        raise ValueError(f"the tokenizer has {size}; it belongs to another model")
+    for field, wanted, whose in (
+        ("text_dim", glm["hidden_size"], "text encoder"),
+        ("pooled_dim", glm["hidden_size"], "text encoder"),
+        ("in_channels", vae["latent_channels"], "vae"),
+        ("out_channels", vae["latent_channels"], "vae"),
+    ):
+        if unet[field] != wanted:
+            raise ValueError(f"the unet's {field} is {unet[field]}, but the {whose} of this checkpoint needs {wanted}")
+    for channels, heads, depth in zip(unet["channels"], unet["num_heads"], unet["transformer_depth"], strict=True):
+        if depth and (heads == 0 or channels % heads):
+            raise ValueError(f"the unet's num_heads is {heads} for {channels} channels; it must divide them")
+    if glm["num_heads"] % glm["num_kv_groups"]:
+        groups = f"{glm['num_kv_groups']} for {glm['num_heads']} heads"
+        raise ValueError(f"the text encoder's num_kv_groups is {groups}; it must divide them")
 
 
 def over_base(checkpoint: Checkpoint, base: Network) -> Network:
@@ -125,9 +159,11 @@ def default_dtype(unet: Network, device: torch.device) -> torch.dtype:
 def check_device(device: torch.device | str) -> torch.device:
     """Raises ValueError for a device that does not exist here."""
     try:
-        return torch.empty(0, device=device).device
+        found = torch.empty(0, device=device)
+        found.tolist()  # a device without numbers, such as meta, cannot do that
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"the device {str(device)!r} cannot be used here; 'cpu' always can") from error
+    return found.device
 
 
 def find_folder(path: str | Path, variant: str | None) -> Path:

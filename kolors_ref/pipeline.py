@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from . import lora
 from .arguments import check_finite, check_latents, check_output_type, check_side
-from .image_prompts import Adapter, add_layers, encode_pictures, image_layers, load_adapter
+from .image_prompts import Adapter, encode_pictures, image_layers, load_adapter
 from .images import Pictures, from_pixels, to_pixels
 from .loading import load_parts
 from .models.glm import GLMEncoder
@@ -253,13 +253,14 @@ class KolorsPipeline:
         # Without height and width, a picture to start from is conditioned on the native size, not on its own.
         sizes = torch.stack(request.sizes(height, width))[0 if request.guided else 1 :]
         if image is not None:
-            height, width = image.shape[-2:]
+            height = check_side("height", image.shape[-2], self.factor)
+            width = check_side("width", image.shape[-1], self.factor)
         sizes = sizes.repeat_interleave(request.num_images, dim=0).to(self.device)
         adapters = list(self.ip_adapters.values())
         images = image_layers(adapters, request, self.unet, height, width, self.factor)
         text = self._embed(request)
         text = text[torch.arange(len(text.pooled)).repeat_interleave(request.num_images_per_prompt)]
-        context = add_layers(self.unet.prepare(text.sequence, text.pooled, sizes, text.key_bias), images)
+        context = self.unet.prepare(text.sequence, text.pooled, sizes, text.key_bias).add(images)
 
         shape = (request.num_images, self.unet.config.in_channels, height // self.factor, width // self.factor)
         if image is not None:
@@ -308,16 +309,23 @@ class KolorsPipeline:
             encoded = self.encode_packed(texts, request.max_sequence_length)
             check_finite(encoded.sequence, "text encoding (the GLM)")
             check_finite(encoded.pooled, "text encoding (the GLM)")
-        positive = encoded[-count:] if request.prompt_embeds is None else request.prompt_embeds.to(self.device)
+        positive = encoded[-count:] if request.prompt_embeds is None else self._given(request.prompt_embeds)
         if not request.guided:
             return positive
         if request.negative_prompt_embeds is not None:
-            negative = request.negative_prompt_embeds.to(self.device)
+            negative = self._given(request.negative_prompt_embeds)
         elif zeros:
             negative = replace(positive, sequence=positive.sequence * 0, pooled=positive.pooled * 0)
         else:
             negative = encoded[:count]
         return concatenate([negative, positive])
+
+    def _given(self, embeds: TextEmbeddings) -> TextEmbeddings:
+        """Brings embeddings of the caller's to the UNet; ValueError for those of another text encoder."""
+        size, needed = embeds.pooled.shape[1], self.unet.config.text_dim
+        if size != needed:
+            raise ValueError(f"prompt_embeds or negative_prompt_embeds are {size} wide, but this UNet takes {needed}")
+        return embeds.to(self.device, self.dtype)
 
     def _start_from_image(
         self, image: Tensor, request: Request, sampler: Sampler, plan: Plan, shape: tuple[int, ...]

@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
@@ -140,7 +141,15 @@ def test_several_prompts_and_pictures(kolors):
 
 @pytest.mark.parametrize(
     "prompt",
-    ["", " ", "一只猫坐在红色的沙发上", "🐈‍⬛ é \t ＡＢＣ", "a very long prompt " * 500, "[gMASK] sop", "100% 'quoted' \"$HOME\""],
+    [
+        "",
+        " ",
+        "一只猫坐在红色的沙发上",
+        "🐈‍⬛ é \t ＡＢＣ",
+        "a very long prompt " * 500,
+        "[gMASK] sop",
+        "100% 'quoted' \"$HOME\"",
+    ],
     ids=lambda prompt: prompt[:12],
 )
 def test_prompts_of_all_kinds(kolors, prompt):
@@ -232,6 +241,7 @@ def test_a_picture_does_not_say_where_to_write(kolors, tmp_path):
 @pytest.mark.parametrize(
     ("text", "mentions"),
     [
+        (f'{{{RECORD}, "inputs": [1], "index": 7}}', "picture 7"),
         ("{}", "a prompt is missing"),
         ('{"prompt": ["a cat"]}', "--model is missing"),
         ("[]", "not understood"),
@@ -239,39 +249,30 @@ def test_a_picture_does_not_say_where_to_write(kolors, tmp_path):
         (f'{{{RECORD}, "prompt": 3}}', "prompt must be"),
         (f'{{{RECORD}, "prompt": [3]}}', "prompt must be"),
         (f'{{{RECORD}, "prompt": {{"a": 1}}}}', "prompt must be"),
-        (f'{{{RECORD}, "model": 3}}', "model"),
         (f'{{{RECORD}, "steps": "many"}}', "steps"),
-        (f'{{{RECORD}, "steps": [1]}}', "num_inference_steps must be"),
-        (f'{{{RECORD}, "steps": 1.5}}', "num_inference_steps must be"),
+        (f'{{{RECORD}, "steps": {{"a": 1}}}}', "steps"),
+        (f'{{{RECORD}, "steps": 1.5}}', "steps"),
+        (f'{{{RECORD}, "steps": true}}', "steps"),
         (f'{{{RECORD}, "height": "64.5"}}', "height"),
         (f'{{{RECORD}, "seed": "x"}}', "seed"),
         (f'{{{RECORD}, "seed": 1.5}}', "seed"),
-        (f'{{{RECORD}, "seed": [1]}}', "seed"),
         (f'{{{RECORD}, "seed": -1}}', "seed"),
         (f'{{{RECORD}, "guidance_scale": NaN}}', "guidance_scale"),
-        (f'{{{RECORD}, "guidance_scale": null}}', "guidance_scale"),
         (f'{{{RECORD}, "dtype": "nonsense"}}', "dtype"),
         (f'{{{RECORD}, "dtype": "nn"}}', "dtype"),
         (f'{{{RECORD}, "dtype": 16}}', "dtype"),
-        (f'{{{RECORD}, "device": 3.5}}', "device"),
         (f'{{{RECORD}, "image": "nothing.png"}}', "nothing.png"),
-        (f'{{{RECORD}, "image": 3}}', "image"),
-        (f'{{{RECORD}, "sampler": ["euler"]}}', "sampler"),
-        (f'{{{RECORD}, "negative_prompt": 3}}', "negative_prompt must be"),
+        (f'{{{RECORD}, "image": 3}}', "no picture file"),
+        (f'{{{RECORD}, "sampler": 3}}', "sampler"),
         (f'{{{RECORD}, "strength": "1e9"}}', "strength"),
-        (f'{{{RECORD}, "index": "x"}}', "index"),
+        (f'{{{RECORD}, "index": "x"}}', "picture x"),
         (f'{{{RECORD}, "index": -1}}', "picture -1"),
         (f'{{{RECORD}, "index": 7}}', "picture 7"),
-        (f'{{{RECORD}, "index": 1.0}}', "index"),
+        (f'{{{RECORD}, "index": [0]}}', "picture [0]"),
     ],
 )
-def test_records_that_were_edited(refused, tmp_path, monkeypatch, text, mentions):
+def test_records_that_were_edited(refused, tmp_path, text, mentions):
     """Wrong types and values in the JSON of a picture are one line, whether argparse or the pipeline finds them."""
-    real = KolorsPipeline.__dict__["from_pretrained"]
-    if "model" in mentions or "device" in mentions:
-        monkeypatch.undo()
-        monkeypatch.chdir(tmp_path)
-        assert KolorsPipeline.__dict__["from_pretrained"] is not real
     png_with(tmp_path / "a.png", text)
     refused("--repeat", "a.png", mentions=mentions, model=None)
 
@@ -316,7 +317,7 @@ def test_files_that_cannot_be_repeated(refused, tmp_path):
         (["cat", "--seed", str(2**63)], "--seed is 9223372036854775808"),
         (["cat", "--seed", "x"], "--seed"),
         (["cat", "--num-images", "0"], "num_images_per_prompt is 0"),
-        (["cat", "--num-images", "1000000000000"], "1000000000000"),
+        (["cat", "--num-images", "1000000000000"], "num_images_per_prompt is 1000000000000"),
         (["cat", "--max-sequence-length", "0"], "max_sequence_length is 0"),
         (["cat", "--max-sequence-length", "1"], "at least 2"),
         (["cat", "--max-sequence-length", "1000000000000"], "max_sequence_length is 1000000000000"),
@@ -335,8 +336,7 @@ def test_files_that_cannot_be_repeated(refused, tmp_path):
 def test_mistakes(refused, arguments, mentions):
     sizes = [] if {"--height", "--width", "--steps"} & set(arguments) else SMALL
     seed = [] if "--seed" in arguments else ["--seed", "1"]
-    prompt, rest = ([], arguments[1:]) if arguments[0] == "generate" else ([], arguments)
-    refused(*(["generate"] if arguments[0] == "generate" else []), *prompt, *rest, *sizes, *seed, mentions=mentions)
+    refused(*arguments, *sizes, *seed, mentions=mentions)
 
 
 def test_no_arguments_and_no_model(refused):
@@ -477,7 +477,9 @@ print("status", status, "torch" in sys.modules)
 def test_progress_and_ctrl_c(small_checkpoint, tmp_path):
     """In a terminal: the bar shows step, seconds and sigma; Ctrl-C in the loop ends cleanly and leaves no file."""
     terminal, its_side = pty.openpty()
-    command = [sys.executable, "-m", "kolors_ref.cli", "a cat", "--model", str(small_checkpoint), "--steps", "1000"]
+    termios.tcsetwinsize(terminal, (24, 100))
+    command = [sys.executable, "-m", "kolors_ref.cli", "a cat", "--model", str(small_checkpoint), *SMALL[:4]]
+    command += ["--steps", "1000"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=its_side, env=ENVIRONMENT, cwd=tmp_path)
     os.close(its_side)
     shown, deadline = b"", time.monotonic() + 60

@@ -210,7 +210,7 @@ def test_layers_of_scale_zero_hold_no_keys(two):
     context = two.denoise(**arguments(ip_adapter_image=[picture()] * 2, ip_adapter_scale=scale)).context
     assert count_cross_attentions(UNET) == (3, 2, 6)
     assert [len(layer) for layer in context.layers] == [2] * 3 + [2] * 2 + [1] * 6
-    assert [layer[-1].weight for layer in context.layers] == [2.0] * 3 + [0.5] * 2 + [1.0] * 6
+    assert [layer[-1].weight for layer in context.layers] == [2.0] * 3 + [0.5] * 2 + [None] * 6
     assert [layer[-1].key.shape[2] for layer in context.layers[:5]] == [5] * 3 + [3] * 2
 
 

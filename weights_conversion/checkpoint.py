@@ -132,20 +132,22 @@ def _open_diffusers(path: Path, variant: str | None) -> Checkpoint:
     if index:
         components = _check_index(index, index_path)
     else:
-        components = {name for name in (*KEYMAPS, "scheduler") if (path / name).is_dir()}
+        components = {name: None for name in (*KEYMAPS, "scheduler") if (path / name).is_dir()}
     networks = {name: _open_network(path / name, name, variant) for name in KEYMAPS if name in components}
     if not networks:
         expected = f"neither {OUR_INDEX} nor model_index.json nor a folder {', '.join(KEYMAPS)}"
         raise ValueError(f"{path} is not a checkpoint: it has {expected}.")
     scheduler = read_json(path / "scheduler" / "scheduler_config.json") if "scheduler" in components else None
+    if scheduler is not None and components["scheduler"] is not None:  # the index has the last word, as in diffusers
+        scheduler["_class_name"] = components["scheduler"]
     tokenizer = _first_file(path / "tokenizer" / "tokenizer.model", path / "text_encoder" / "tokenizer.model")
     layout = "kolors" if tokenizer is not None and tokenizer.parent.name == "text_encoder" else "diffusers"
     force_zeros = bool(index.get("force_zeros_for_empty_prompt", False))
     return Checkpoint(path, layout, networks, scheduler, tokenizer, force_zeros)
 
 
-def _check_index(index: dict[str, Any], where: Path) -> set[str]:
-    """The components that a model_index.json lists, after a look at the class of each."""
+def _check_index(index: dict[str, Any], where: Path) -> dict[str, str]:
+    """The components that a model_index.json lists and the class of each, after a look at it."""
     if index.get("_class_name") not in PIPELINES:
         raise ValueError(
             f"{where}: the pipeline class {index.get('_class_name')!r} is not supported, KolorsPipeline is."
@@ -159,7 +161,7 @@ def _check_index(index: dict[str, Any], where: Path) -> set[str]:
         if name not in NOT_OURS_TO_CHECK and found != classes.get(name):
             wanted = classes.get(name, "no such component")
             raise ValueError(f"{where}: {name} is of class {found!r}, and {wanted} is supported.")
-    return set(components)
+    return components
 
 
 def _open_network(folder: Path, name: str, variant: str | None) -> Network:

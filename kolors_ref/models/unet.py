@@ -27,13 +27,14 @@ class KeyValue(NamedTuple):
     Attributes:
         key, value: (B, H, L, C).
         bias: (B, 1, 1, L), added to the attention scores.
-        weight: what the attention's result counts in the sum over several; a number or (B, 1, N, 1) over the N pixels.
+        weight: what the attention's result counts in the sum over several: a number, or (B, 1, N, 1) over the N pixels;
+            1 if None.
     """
 
     key: Tensor
     value: Tensor
     bias: Tensor | None = None
-    weight: float | Tensor = 1.0
+    weight: float | Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -49,9 +50,9 @@ class Context:
     embedding: Tensor
     layers: tuple[tuple[KeyValue, ...], ...]
 
-    def add(self, layers: Sequence[KeyValue]) -> "Context":
-        """Lets every cross-attention look at one thing more, such as an image prompt."""
-        return replace(self, layers=tuple((*old, new) for old, new in zip(self.layers, layers, strict=True)))
+    def add(self, layers: Sequence[Sequence[KeyValue]]) -> "Context":
+        """Lets each cross-attention look at further things, such as image prompts; none, one or several."""
+        return replace(self, layers=tuple((*old, *new) for old, new in zip(self.layers, layers, strict=True)))
 
 
 def sinusoid(values: Tensor, dim: int) -> Tensor:
@@ -109,11 +110,11 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, context: Sequence[KeyValue]) -> Tensor:
         """Lets x (B, N, C) look at each part of the context and adds up what it saw (IP-Adapter, eq. 5)."""
         q = rearrange(self.q(x), "b n (h c) -> b h n c", h=self.num_heads)
-        seen = sum(
-            weight * F.scaled_dot_product_attention(q, key, value, attn_mask=bias)
-            for key, value, bias, weight in context
-        )
-        return self.out(rearrange(seen, "b h n c -> b n (h c)"))
+        seen = []
+        for key, value, bias, weight in context:
+            y = F.scaled_dot_product_attention(q, key, value, attn_mask=bias)
+            seen.append(y if weight is None else weight * y)
+        return self.out(rearrange(sum(seen[1:], seen[0]), "b h n c -> b n (h c)"))
 
 
 class GEGLU(nn.Module):

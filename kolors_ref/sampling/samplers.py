@@ -134,8 +134,9 @@ def predict_noise(predict: Predict, x: Tensor, timestep: Tensor, sigma: float) -
 def check_sigmas(sigmas: Sequence[float]) -> np.ndarray:
     """Custom noise levels (n + 1,) in fp32; ValueError unless they descend, to 0 or above."""
     values = np.asarray(sigmas, dtype=np.float32)
-    if values.ndim != 1 or len(values) < 2 or not (np.diff(values) < 0).all() or values[-1] < 0:
-        raise ValueError("custom sigmas must be two or more numbers, each below the one before, none below 0.")
+    falling = values.ndim == 1 and len(values) > 1 and (np.diff(values) < 0).all()
+    if not falling or values[-1] < 0 or not np.isfinite(values[0]):
+        raise ValueError("custom sigmas must be two or more numbers, finite, each below the one before, none below 0.")
     return values
 
 

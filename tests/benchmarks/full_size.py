@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 WORKER = Path(__file__).with_name("full_size_worker.py")
 TOKENIZER = ROOT.parent / "shared" / "tokenizer" / "tokenizer.model"
 ALLOWANCE = 3 * 10**9
-"""Bytes of resident memory that ours may need beyond its weights."""
+"""Bytes of memory that ours may need beyond its weights."""
 
 OURS = {"text": ["text_packed", "text_padded"], "unet": ["unet_packed", "unet_padded"], "vae": ["vae_ours"]}
 TITLES = {
@@ -106,7 +106,9 @@ def read_results(file: Path) -> dict[str, dict]:
         return {}
     content = json.loads(file.read_text())
     if content["machine"] != machine():
-        raise ValueError(f"{file} was measured with {content['machine']}, and this is {machine()}; name another --json")
+        raise ValueError(
+            f"{file} was measured with {content['machine']}, and this is {machine()}; name another --json."
+        )
     return content["results"]
 
 
@@ -140,8 +142,8 @@ def relative_error(a: torch.Tensor, b: torch.Tensor) -> float:
 
 def table(results: dict[str, dict]) -> str:
     """Everything measured, in Markdown; "faster" and "leaner" say how many times as much diffusers takes."""
-    columns = ["stage", "type", "run", "load s", "s", "CPU s", "faster", "weights GB", "peak GB", "beyond weights"]
-    columns += ["leaner", "anonymous", "mapped", "from diffusers", "from float32"]
+    columns = ["stage", "type", "run", "load s", "s", "CPU s", "faster", "weights GB", "needed GB"]
+    columns += ["beyond weights", "leaner", "peak GB", "anonymous", "mapped", "from diffusers", "from float32"]
     rows = [columns, ["---"] * 3 + ["--:"] * (len(columns) - 3)]
     for figures in results.values():
         theirs = Job(f"{figures['run'].split('_')[0]}_diffusers", figures["dtype"], figures["size"])
@@ -156,14 +158,15 @@ def row(figures: dict, theirs: dict) -> list[str]:
     cells = [STAGES[stage] + size, figures["dtype"], TITLES.get(figures["run"], run)]
     if "failed" in figures:
         return [*cells, figures["failed"]]
-    figures = {**figures, "beyond": figures["resident"] - figures["weights"]}
+    figures = {**figures, "beyond": figures["needed"] - figures["weights"]}
     seconds = lambda name: f"{figures[name]:.2f}"
     gigabytes = lambda name: f"{figures[name] / 1e9:.2f}"
     factor = lambda name: f"{theirs[name] / figures[name]:.2f}" if name in theirs else ""
     error = lambda name: f"{figures[name]:.1e}" if name in figures else ""
     cells += [seconds("load_seconds"), seconds("seconds"), seconds("cpu_seconds"), factor("seconds")]
-    cells += [gigabytes("weights"), gigabytes("resident"), gigabytes("beyond"), factor("resident")]
-    return [*cells, gigabytes("anonymous"), gigabytes("mapped"), error("from_diffusers"), error("from_float32")]
+    cells += [gigabytes("weights"), gigabytes("needed"), gigabytes("beyond"), factor("needed")]
+    cells += [gigabytes("resident"), gigabytes("anonymous"), gigabytes("mapped")]
+    return [*cells, error("from_diffusers"), error("from_float32")]
 
 
 def verdict(results: dict[str, dict]) -> list[str]:
@@ -172,16 +175,22 @@ def verdict(results: dict[str, dict]) -> list[str]:
     for key, figures in results.items():
         if "failed" in figures:
             problems.append(f"{key} failed: {figures['failed']}")
-        elif "diffusers" not in figures["run"] and figures["resident"] > figures["weights"] + ALLOWANCE:
-            beyond = (figures["resident"] - figures["weights"]) / 1e9
-            problems.append(f"{key} took {beyond:.2f} GB beyond its weights, and {ALLOWANCE / 1e9:.0f} GB are allowed")
+        elif "diffusers" not in figures["run"] and figures["needed"] > figures["weights"] + ALLOWANCE:
+            beyond = (figures["needed"] - figures["weights"]) / 1e9
+            problems.append(
+                f"{key} needed {beyond:.2f} GB beyond its weights, and {ALLOWANCE / 1e9:.0f} GB are allowed"
+            )
     return problems
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Measures what is missing, prints the table; exit status 1 if something went wrong."""
     args = parse_arguments(arguments)
-    results = read_results(args.json)
+    try:
+        results = read_results(args.json)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
     outputs = args.json.with_suffix(".outputs")
     outputs.mkdir(exist_ok=True)
     wanted = jobs(args.stages, args.sizes, args.library, args.dtype)
@@ -192,7 +201,9 @@ def main(arguments: list[str] | None = None) -> int:
         results[job.key] = run(job, args.folder, args.steps, outputs / f"{job.key}.pt")
         print(f"{results[job.key].get('seconds', float('nan')):.2f} s", flush=True)
         compare(results, outputs)
-        args.json.write_text(json.dumps({"machine": machine(), "results": results}, indent=2) + "\n")
+        unfinished = args.json.with_suffix(".partial")
+        unfinished.write_text(json.dumps({"machine": machine(), "results": results}, indent=2) + "\n")
+        unfinished.replace(args.json)
     everything = jobs(list(STAGES), args.sizes, ["ours", "diffusers"], ["bfloat16", "float32"])
     shown = {job.key: results[job.key] for job in everything if job.key in results}
     print("\n" + ", ".join(f"{name} {value}" for name, value in machine().items()) + "\n\n" + table(shown))

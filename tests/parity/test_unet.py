@@ -119,7 +119,7 @@ def test_context_add_reaches_every_cross_attention():
     inputs = Inputs(config, torch.float64)
     context = ours.prepare(inputs.text, inputs.pooled, inputs.sizes)
     # Ours shares the oracle's tensors: the context has to be made before they change.
-    twice = context.add([layer[0]._replace(weight=weight) for layer in context.layers])
+    twice = context.add([[layer[0]._replace(weight=weight)] for layer in context.layers])
     assert all(len(layer) == 2 for layer in twice.layers)
     plain = official_noise(oracle, inputs, 300)
     for name, parameter in oracle.named_parameters():
@@ -136,7 +136,7 @@ def test_context_add_wants_one_for_every_cross_attention():
     inputs = Inputs(config, torch.float64)
     context = ours.prepare(inputs.text, inputs.pooled, inputs.sizes)
     with pytest.raises(ValueError, match="zip"):
-        context.add([layer[0] for layer in context.layers[1:]])
+        context.add([[layer[0]] for layer in context.layers[1:]])
 
 
 @pytest.mark.parametrize("what", ["latents", "text", "pooled", "sizes"])

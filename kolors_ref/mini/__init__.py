@@ -1,0 +1,1 @@
+"""The embedded miniature Kolors: the small world it learns from, the captions of that world, and the judge of both."""
