@@ -42,8 +42,8 @@ def kolors(small_checkpoint, small_pipe, tmp_path, monkeypatch, capsys):
 
 
 @pytest.fixture
-def refused(kolors, tmp_path):
-    """refused(*arguments, mentions=...): one line, exit status 2, and nothing written."""
+def expect_refused(kolors, tmp_path):
+    """expect_refused(*arguments, mentions=...): one line, exit status 2, and nothing written."""
 
     def run(*arguments, mentions, model="small"):
         before = sorted(tmp_path.rglob("*"))
@@ -72,7 +72,7 @@ def patched(small_pipe, monkeypatch):
 
     undo = []
     yield patch
-    for step in undo:
+    for step in reversed(undo):
         step()
 
 
@@ -271,18 +271,18 @@ def test_a_picture_does_not_say_where_to_write(kolors, tmp_path):
         (f'{{{RECORD}, "index": [0]}}', "picture [0]"),
     ],
 )
-def test_records_that_were_edited(refused, tmp_path, text, mentions):
+def test_records_that_were_edited(expect_refused, tmp_path, text, mentions):
     """Wrong types and values in the JSON of a picture are one line, whether argparse or the pipeline finds them."""
     png_with(tmp_path / "a.png", text)
-    refused("--repeat", "a.png", mentions=mentions, model=None)
+    expect_refused("--repeat", "a.png", mentions=mentions, model=None)
 
 
-def test_files_that_cannot_be_repeated(refused, tmp_path):
+def test_files_that_cannot_be_repeated(expect_refused, tmp_path):
     (tmp_path / "text.png").write_text("not a picture")
     Image.new("RGB", (8, 8)).save(tmp_path / "plain.png")
-    refused("--repeat", "missing.png", mentions="there is no picture missing.png", model=None)
-    refused("--repeat", "text.png", mentions="text.png cannot be read", model=None)
-    refused("--repeat", "plain.png", mentions="plain.png holds no parameters", model=None)
+    expect_refused("--repeat", "missing.png", mentions="there is no picture missing.png", model=None)
+    expect_refused("--repeat", "text.png", mentions="text.png cannot be read", model=None)
+    expect_refused("--repeat", "plain.png", mentions="plain.png holds no parameters", model=None)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -333,15 +333,15 @@ def test_files_that_cannot_be_repeated(refused, tmp_path):
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
-def test_mistakes(refused, arguments, mentions):
+def test_mistakes(expect_refused, arguments, mentions):
     sizes = [] if {"--height", "--width", "--steps"} & set(arguments) else SMALL
     seed = [] if "--seed" in arguments else ["--seed", "1"]
-    refused(*arguments, *sizes, *seed, mentions=mentions)
+    expect_refused(*arguments, *sizes, *seed, mentions=mentions)
 
 
-def test_no_arguments_and_no_model(refused):
-    refused(mentions="COMMAND", model=None)
-    refused("a cat", mentions="--model is missing", model=None)
+def test_no_arguments_and_no_model(expect_refused):
+    expect_refused(mentions="COMMAND", model=None)
+    expect_refused("a cat", mentions="--model is missing", model=None)
 
 
 @pytest.mark.parametrize(
@@ -356,15 +356,15 @@ def test_no_arguments_and_no_model(refused):
         pytest.param("/proc/a.png", "cannot be written", marks=pytest.mark.skipif(sys.platform != "linux", reason="")),
     ],
 )
-def test_output_paths_that_cannot_be_written(refused, tmp_path, monkeypatch, output, mentions):
+def test_output_paths_that_cannot_be_written(expect_refused, tmp_path, monkeypatch, output, mentions):
     """Noticed before the model is loaded."""
     (tmp_path / "folder.png").mkdir()
     (tmp_path / "file").write_text("")
     monkeypatch.delattr(KolorsPipeline, "from_pretrained")
-    refused("a cat", "-o", output, mentions=mentions)
+    expect_refused("a cat", "-o", output, mentions=mentions)
 
 
-def test_a_full_disk(refused, tmp_path, monkeypatch):
+def test_a_full_disk(expect_refused, tmp_path, monkeypatch):
     """Half of the file is written when the space ends; an older picture of that name stays."""
     (tmp_path / "a.png").write_bytes(b"an older picture")
 
@@ -373,7 +373,9 @@ def test_a_full_disk(refused, tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(Image.Image, "save", half)
-    refused("a cat", *SMALL, "--seed", "1", "-o", "a.png", mentions="a.png cannot be written: No space left on device")
+    expect_refused(
+        "a cat", *SMALL, "--seed", "1", "-o", "a.png", mentions="a.png cannot be written: No space left on device"
+    )
     assert (tmp_path / "a.png").read_bytes() == b"an older picture"
 
 
@@ -412,28 +414,28 @@ STAGES = [
 
 
 @pytest.mark.parametrize(("part", "name", "value", "stage"), STAGES)
-def test_the_stage_that_gives_nan_is_named(refused, patched, small_pipe, part, name, value, stage):
+def test_the_stage_that_gives_nan_is_named(expect_refused, patched, small_pipe, part, name, value, stage):
     patched(part, name, lambda tensor: tensor.fill_(value))
-    refused("a cat", *SMALL, "--seed", "1", mentions=f"{stage} gave NaN or infinity")
+    expect_refused("a cat", *SMALL, "--seed", "1", mentions=f"{stage} gave NaN or infinity")
     with pytest.raises(FloatingPointError, match=re.escape(stage)):
         small_pipe("a cat", height=64, width=64, num_inference_steps=1)
 
 
 @pytest.mark.parametrize("strength", ["0", "1"])
-def test_nan_from_the_vaes_encoder_is_named(refused, patched, strength):
+def test_nan_from_the_vaes_encoder_is_named(expect_refused, patched, strength):
     """Neither the loop nor the decoder is blamed for it."""
     patched("vae", "encoder.conv_in.weight", lambda tensor: tensor.fill_(torch.nan))
     Image.effect_noise((64, 64), 60).save("start.png")
     mentions = "encoding the picture (the VAE) gave NaN"
-    refused("a cat", "--image", "start.png", "--strength", strength, "--seed", "1", mentions=mentions)
+    expect_refused("a cat", "--image", "start.png", "--strength", strength, "--seed", "1", mentions=mentions)
 
 
 @pytest.mark.parametrize("value", [-50.0, -1.0, -0.998])
-def test_an_all_black_picture_is_an_error(refused, patched, value):
+def test_an_all_black_picture_is_an_error(expect_refused, patched, value):
     """Also one that becomes black only by rounding to 256 values."""
     patched("vae", "decoder.conv_out.weight", torch.zeros_like)
     patched("vae", "decoder.conv_out.bias", lambda tensor: tensor.fill_(value))
-    refused("a cat", *SMALL, "--seed", "1", mentions="decoding (the VAE) gave an all-black picture")
+    expect_refused("a cat", *SMALL, "--seed", "1", mentions="decoding (the VAE) gave an all-black picture")
 
 
 def test_a_dark_picture_is_none(kolors, patched):

@@ -84,7 +84,7 @@ def _pixels(image: Image.Image | np.ndarray) -> np.ndarray:
 def _read_part(pixels: np.ndarray, behind: np.ndarray, mask: np.ndarray) -> list[Thing]:
     """Reads one connected part of the foreground (H, W): one thing, or several that touch, each of its own colour."""
     colours = _flat_colours(pixels, behind, mask)
-    if not colours:
+    if len(colours) < 2:
         distance = _distances(pixels, behind[None])[..., 0]
         colours = [pixels[mask & (distance >= np.quantile(distance[mask], 0.7))].mean(axis=0)]
     nearest = np.argmin(_distances(pixels, np.array(colours)), axis=2)
@@ -96,7 +96,9 @@ def _read_part(pixels: np.ndarray, behind: np.ndarray, mask: np.ndarray) -> list
             blobs.append((cover, colour))
             continue
         labels, count = components(cover > 0.5)
-        blobs += [(cover * (labels == k), colour) for k in range(1, count + 1) if (labels == k).sum() >= MIN_AREA]
+        pieces = [labels == k for k in range(1, count + 1)]
+        # The seam between a third colour and the background can have this colour's name: it is thin.
+        blobs += [(cover * piece, colour) for piece in pieces if piece.sum() >= MIN_AREA and erode(piece, 2).any()]
     things, taken = [], np.zeros_like(mask)
     for cover, colour in sorted(blobs, key=lambda blob: blob[0].sum()):
         if (cover > 0.5).any():
@@ -135,7 +137,8 @@ def _colour_name(colour: np.ndarray, behind: np.ndarray) -> str:
         share, distance = _mixture(colour, behind, np.array(COLOURS[name], dtype=float))
         return distance + 40 * (1 - share)
 
-    return min(COLOURS, key=mismatch)
+    visible = [name for name, value in COLOURS.items() if np.linalg.norm(behind - value) > MIN_DIFFERENCE]
+    return min(visible, key=mismatch)
 
 
 def _mixture(colour: np.ndarray, behind: np.ndarray, ink: np.ndarray) -> tuple[float, float]:

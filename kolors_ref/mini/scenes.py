@@ -29,7 +29,7 @@ from .world import (
 
 LAYOUTS = {"single": 0.25, "row": 0.2, "column": 0.2, "nested": 0.1, "alike": 0.15, "free": 0.1}
 """How often things stand alone, beside each other, one over the other, one in the other, as copies, or anywhere."""
-GAP = 4.0
+GAP = 5.0
 """The least number of pixels between two things, and between a thing and the edge; twice that in clean scenes."""
 
 T = TypeVar("T")
@@ -78,8 +78,10 @@ def _sample_looks(rng: np.random.Generator, layout: str, background: str, held_o
     if layout == "nested":
         shape, texture = pick(rng, CONTAINERS)
         outer = _sample_look(rng, behind, False, shape, "large", texture)
-        within = COLOURS[outer[1]] if outer[3] == "filled" else behind
-        return [_sample_look(rng, within, held_out, size="small"), outer]
+        while True:  # the inner thing must not look like a hole either
+            inner = _sample_look(rng, behind, held_out, size="small")
+            if outer[3] == "outline" or contrast(COLOURS[inner[1]], COLOURS[outer[1]]) >= MIN_CONTRAST:
+                return [inner, outer]
     count = 2 + (rng.random() < 0.6)
     if layout == "alike":
         return [_sample_look(rng, behind, held_out, size=pick(rng, ("small", "medium")))] * count
