@@ -14,6 +14,7 @@ from PIL import Image
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from kolors_ref import KolorsPipeline
+from kolors_ref.cli import main
 from kolors_ref.config import IPAdapterConfig, UNetConfig
 from kolors_ref.ip_adapter_file import cross_attention_channels
 from weights_conversion.keymaps import KEYMAPS
@@ -277,3 +278,39 @@ def test_the_guided_unet_in_float64(folder, make_oracle, scale, masked):
             cross_attention_kwargs={"ip_adapter_masks": masks} if masked else None,
         ).sample
         assert_parity(pipe.unet(latents, 500, denoising.context), theirs)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command line
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_command_line_and_repeat(folder, make_oracle, tmp_path, capsys):
+    """--ip-adapter, --ip-image, --ip-scale with --image and --strength draw diffusers' picture, and again."""
+    picture(1).save(tmp_path / "reference.png")
+    picture(2, 64, 80).save(tmp_path / "start.png")
+    arguments = [
+        "一只猫", "--model", str(folder / "base"), "--negative-prompt", "blurry", "--steps", "8", "--seed", "6",
+        "--guidance-scale", "4", "--ip-adapter", str(folder / "first.bin"), "--ip-image",
+        str(tmp_path / "reference.png"), "--ip-scale", "0.5", "--image", str(tmp_path / "start.png"), "--strength",
+        "0.5", "-o", str(tmp_path / "out.png"),
+    ]  # fmt: skip
+    assert main(arguments) == 0
+    made = np.array(Image.open(tmp_path / "out.png")) / 255
+    oracle = KolorsImg2ImgPipeline(**make_oracle(1).components)
+    oracle.set_progress_bar_config(disable=True)
+    oracle.set_ip_adapter_scale(0.5)
+    theirs = oracle(
+        "一只猫", negative_prompt="blurry", image=picture(2, 64, 80), strength=0.5, num_inference_steps=8,
+        guidance_scale=4.0, ip_adapter_image=picture(1), generator=generator(), output_type="np",
+    ).images[0]  # fmt: skip
+    assert_same_pictures(made, np.round(theirs * 255) / 255)
+
+    assert main(["--repeat", str(tmp_path / "out.png"), "-o", str(tmp_path / "again.png")]) == 0
+    assert np.array_equal(np.array(Image.open(tmp_path / "again.png")), np.array(Image.open(tmp_path / "out.png")))
+    picture(3).save(tmp_path / "reference.png")
+    assert main(["--repeat", str(tmp_path / "out.png"), "-o", str(tmp_path / "other.png")]) == 2
+    assert "content changed" in capsys.readouterr().err
+    assert main([*arguments[:9], "--ip-image", str(tmp_path / "start.png"), "-o", str(tmp_path / "other.png")]) == 2
+    assert "adapter" in capsys.readouterr().err.lower()
+    assert not (tmp_path / "other.png").exists()
