@@ -1,6 +1,7 @@
 """Checks of what a caller gives to the pipeline: each mistake is one sentence."""
 
 from collections.abc import Sequence
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ Size = tuple[int, int]
 
 def check_count(name: str, value: int, most: int | None = None) -> None:
     """Raises unless value is an integer from 1 to `most`."""
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} must be an integer, not {value!r}")
     if value < 1:
         raise ValueError(f"{name} is {value}; it must be at least 1")
@@ -33,7 +34,7 @@ def check_count(name: str, value: int, most: int | None = None) -> None:
 
 def check_number(name: str, value: float, least: float = -LARGEST, most: float = LARGEST) -> None:
     """Raises unless value is a finite number within bounds."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number, not {value!r}")
     if not least <= value <= most:
         bounds = f" from {least:g} to {most:g}" if most < LARGEST else ""
