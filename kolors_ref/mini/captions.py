@@ -1,11 +1,12 @@
 """Claims in words, in Chinese and in English, in many phrasings; every fact of a claim is said, and nothing else."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
 from .claims import Claim, Description, choose_claim
 from .scenes import pick
+from .vocabulary import CHINESE, ENGLISH
 from .world import RELATIONS, Scene
 
 LANGUAGES = ("zh", "en")
@@ -24,109 +25,6 @@ def word(claim: Claim, rng: np.random.Generator, language: str) -> str:
     return speaker.say(claim)
 
 
-def words(fact: str, language: str) -> tuple[str, ...]:
-    """All words that a language has for a shape, colour, size, texture, place or relation, the plainest first."""
-    vocabulary = CHINESE if language == "zh" else ENGLISH
-    return vocabulary[fact]
-
-
-ENGLISH: dict[str, tuple[str, ...]] = {
-    "circle": ("circle", "circle", "disc", "round shape"),
-    "square": ("square", "square", "block"),
-    "triangle": ("triangle",),
-    "diamond": ("diamond", "rhombus"),
-    "star": ("star", "five-pointed star"),
-    "cross": ("cross", "plus sign"),
-    "heart": ("heart", "heart shape"),
-    "crescent": ("crescent", "crescent moon", "moon"),
-    "semicircle": ("semicircle", "half circle"),
-    "thing": ("shape", "figure"),
-    "red": ("red",),
-    "orange": ("orange",),
-    "yellow": ("yellow",),
-    "green": ("green",),
-    "blue": ("blue",),
-    "purple": ("purple", "purple", "violet"),
-    "pink": ("pink",),
-    "brown": ("brown",),
-    "black": ("black",),
-    "white": ("white",),
-    "grey": ("grey", "gray"),
-    "light blue": ("light blue", "pale blue", "sky blue"),
-    "light green": ("light green", "pale green"),
-    "beige": ("beige", "cream"),
-    "small": ("small", "little", "tiny"),
-    "medium": ("medium", "medium-sized", "mid-sized"),
-    "large": ("large", "big", "huge"),
-    "filled": ("filled", "solid"),
-    "outline": ("hollow", "outlined", "unfilled"),
-    "striped": ("striped", "stripy"),
-    "top left": ("at the top left", "in the top left corner", "in the upper left"),
-    "top": ("at the top", "at the top centre", "at the top center"),
-    "top right": ("at the top right", "in the top right corner", "in the upper right"),
-    "left": ("on the left", "on the left side", "at the left"),
-    "centre": ("in the centre", "in the center", "in the middle"),
-    "right": ("on the right", "on the right side", "at the right"),
-    "bottom left": ("at the bottom left", "in the bottom left corner", "in the lower left"),
-    "bottom": ("at the bottom", "at the bottom centre", "at the bottom center"),
-    "bottom right": ("at the bottom right", "in the bottom right corner", "in the lower right"),
-    "left of": ("to the left of", "left of", "on the left of", "on the left side of"),
-    "right of": ("to the right of", "right of", "on the right of", "on the right side of"),
-    "above": ("above", "over"),
-    "below": ("below", "under", "beneath"),
-    "inside": ("inside", "in", "within"),
-    "around": ("around", "enclosing", "surrounding"),
-}
-
-CHINESE: dict[str, tuple[str, ...]] = {
-    "circle": ("圆形", "圆", "圆形"),
-    "square": ("正方形", "方块", "方形"),
-    "triangle": ("三角形",),
-    "diamond": ("菱形",),
-    "star": ("五角星", "星星", "星形"),
-    "cross": ("十字", "十字形", "加号"),
-    "heart": ("心形", "爱心"),
-    "crescent": ("月牙", "弯月", "月亮"),
-    "semicircle": ("半圆", "半圆形"),
-    "thing": ("图形", "形状"),
-    "red": ("红色",),
-    "orange": ("橙色", "橘色"),
-    "yellow": ("黄色",),
-    "green": ("绿色",),
-    "blue": ("蓝色",),
-    "purple": ("紫色",),
-    "pink": ("粉色", "粉红色"),
-    "brown": ("棕色", "褐色"),
-    "black": ("黑色",),
-    "white": ("白色",),
-    "grey": ("灰色",),
-    "light blue": ("浅蓝色", "淡蓝色", "天蓝色"),
-    "light green": ("浅绿色", "淡绿色"),
-    "beige": ("米色", "米黄色"),
-    "small": ("小", "小小", "小号"),
-    "medium": ("中等大小", "中号", "不大不小"),
-    "large": ("大", "巨大", "大号"),
-    "filled": ("实心",),
-    "outline": ("空心", "镂空"),
-    "striped": ("条纹", "带条纹"),
-    "top left": ("左上角", "左上方"),
-    "top": ("上方", "顶部", "上边"),
-    "top right": ("右上角", "右上方"),
-    "left": ("左边", "左侧"),
-    "centre": ("中间", "中央", "正中间", "中心"),
-    "right": ("右边", "右侧"),
-    "bottom left": ("左下角", "左下方"),
-    "bottom": ("下方", "底部", "下边"),
-    "bottom right": ("右下角", "右下方"),
-    "left of": ("左边", "左侧", "左面"),
-    "right of": ("右边", "右侧", "右面"),
-    "above": ("上面", "上方", "上边"),
-    "below": ("下面", "下方", "下边"),
-    "inside": ("里面", "内部", "里"),
-    "around": ("包着", "围着", "环绕着"),
-}
-
-
 @dataclass
 class _English:
     """Says claims in English, drawing each word from a random stream."""
@@ -134,26 +32,30 @@ class _English:
     rng: np.random.Generator
 
     def say(self, claim: Claim) -> str:
+        """The whole claim: its things, their relations if it has any, and the background in front or behind."""
         core = self.related(claim) if claim.relations else self.listed(claim.things)
+        framed = self.framed(core, claim.things[0].count)
         if claim.background is None:
-            return self.framed(core)
+            return framed
         ground = f"{article(self.of(claim.background))} background"
         sentence = f"the background is {self.of(claim.background)}"
         return pick(
             self.rng,
             (
-                f"{self.framed(core)} on {ground}",
+                f"{framed} on {ground}",
                 f"{core} against {ground}",
-                f"{self.framed(core)}, {self.of(claim.background)} background",
+                f"{framed}, {self.of(claim.background)} background",
                 f"on {ground}, {core}",
-                f"{self.framed(core)}, {sentence}",
+                f"{framed}, {sentence}",
             ),
         )
 
-    def framed(self, core: str) -> str:
-        """A bare phrase for the most part, now and then as a picture of something."""
-        frames = ("{}", "a picture of {}", "an image of {}", "a drawing of {}", "draw {}")
-        return pick(self.rng, frames, (10, 1, 1, 1, 1)).format(core)
+    def framed(self, core: str, count: int) -> str:
+        """A bare phrase for the most part, now and then as a picture of something; a whole sentence stays as it is."""
+        there = "there is" if count == 1 else "there are"
+        frames = ("{}", "a picture of {}", "an image of {}", "a drawing of {}", "draw {}", there + " {}")
+        frame = pick(self.rng, frames, (10, 1, 1, 1, 1, 1))
+        return core if " is " in core or core.startswith("from ") else frame.format(core)
 
     def listed(self, things: tuple[Description, ...]) -> str:
         phrases = [self.placed(thing) for thing in things]
@@ -184,7 +86,7 @@ class _English:
             return pick(self.rng, (f"{order}: {joined}", f"{joined} {order}", f"{order}, {joined}"))
         (relation,) = claim.relations
         a, b = self.placed(claim.things[relation.subject]), self.placed(claim.things[relation.other])
-        name, inverse = self.of(relation.name), self.of(RELATIONS[relation.name]) if relation.name != "around" else ""
+        name, inverse = self.of(relation.name), self.of(RELATIONS[relation.name])
         forms = [f"{a} {name} {b}", f"{a} {name} {b}", f"{a} is {name} {b}"]
         if relation.name == "around":
             forms = [f"{a} {name} {b}", f"{a} with {b} inside", f"{a} containing {b}", f"{a} with {b} in it"]
@@ -202,8 +104,7 @@ class _English:
         parts = [size, *pick(self.rng, ((colour, before), (before, colour))), noun]
         phrase = " ".join(part for part in parts if part)
         if thing.count > 1:
-            number = {2: "two", 3: "three"}[thing.count]
-            return f"{number} {plural(phrase)}{after}"
+            return f"{('two', 'three')[thing.count - 2]} {plural(phrase)}{after}"
         return f"{article(phrase)}{after}"
 
     def of(self, fact: str | None) -> str:
@@ -212,7 +113,7 @@ class _English:
 
 
 def article(phrase: str) -> str:
-    """A phrase behind its indefinite article: an orange star, a unicorn's horn would be wrong but is not needed."""
+    """A phrase behind its indefinite article; no word of the vocabulary sounds other than it is spelt."""
     return f"{'an' if phrase[0] in 'aeiou' else 'a'} {phrase}"
 
 
@@ -230,22 +131,26 @@ class _Chinese:
     rng: np.random.Generator
 
     def say(self, claim: Claim) -> str:
+        """The whole claim: its things, their relations if it has any, and the background in front or behind."""
         core = self.related(claim) if claim.relations else self.listed(claim.things)
+        bare = not claim.relations and not any(thing.places for thing in claim.things)
+        framed = self.framed(core, bare)
         if claim.background is None:
-            return self.framed(core)
+            return framed
         ground = f"{self.of(claim.background)}{pick(self.rng, ('', '的'))}背景"
-        forms = [f"{ground}，{core}", f"{self.framed(core)}，{ground}", f"{core}，背景是{self.of(claim.background)}的"]
-        if not claim.relations and not any(thing.places for thing in claim.things):
+        forms = [f"{ground}，{core}", f"{framed}，{ground}", f"{core}，背景是{self.of(claim.background)}的"]
+        if bare:
             forms += [f"{ground}上有{core}", f"{ground}上的{core}", f"在{ground}上画{core}"]
         return pick(self.rng, tuple(forms))
 
-    def framed(self, core: str) -> str:
+    def framed(self, core: str, bare: bool) -> str:
         """A bare phrase for the most part, now and then as a picture of something."""
-        return pick(self.rng, ("{}", "画{}", "图中：{}", "一张图片：{}"), (10, 1, 0.5, 1)).format(core)
+        frames = ("{}", "一张图片：{}", "画{}" if bare else "{}", "图中有{}" if bare else "{}")
+        return pick(self.rng, frames, (10, 1, 1, 1)).format(core)
 
     def listed(self, things: tuple[Description, ...]) -> str:
         if any(thing.places for thing in things):
-            return pick(self.rng, ("，", "，", "，还有")).join(self.placed(thing) for thing in things)
+            return pick(self.rng, ("，", "；")).join(self.placed(thing) for thing in things)
         phrases = [self.noun_phrase(thing) for thing in things]
         joint = pick(self.rng, ("和", "和", "与"))
         return "、".join(phrases[:-1]) + joint + phrases[-1] if len(phrases) > 1 else phrases[0]
@@ -267,7 +172,9 @@ class _Chinese:
         if len(claim.relations) == 2:
             first, second = claim.relations
             phrases = [self.noun_phrase(claim.things[i]) for i in (first.subject, first.other, second.other)]
-            order = {"left of": "从左到右", "right of": "从右到左", "above": "从上到下", "below": "从下到上"}[first.name]
+            order = {"left of": "从左到右", "right of": "从右到左", "above": "从上到下", "below": "从下到上"}[
+                first.name
+            ]
             opening = pick(self.rng, ("{}依次是", "{}分别是", "{}：")).format(order)
             return f"{opening}{phrases[0]}、{phrases[1]}和{phrases[2]}"
         (relation,) = claim.relations
@@ -301,7 +208,7 @@ class _Chinese:
         size = self.of(thing.size)
         front = back = ""
         if thing.size in ("small", "large") and colour and pick(self.rng, (False, True)):
-            back, of = pick(self.rng, words(thing.size, "zh")[:1]), "的"
+            back, of = CHINESE[thing.size][0], "的"
         elif size:
             front = f"{size}的" if len(size) > 1 or colour or texture else size
         colour = f"{colour}{of}" if colour else ""
@@ -309,7 +216,7 @@ class _Chinese:
         if known:
             return phrase
         measure = pick(self.rng, ("个", "颗")) if thing.shape in ("star", "heart") else "个"
-        return f"{ {1: '一', 2: '两', 3: '三'}[thing.count] }{measure}{phrase}"
+        return f"{'一两三'[thing.count - 1]}{measure}{phrase}"
 
     def of(self, fact: str | None) -> str:
         """A word for a fact; none for a fact left open."""

@@ -4,7 +4,7 @@ A claim speaks of every thing in the picture, but not of every fact: what it lea
 """
 
 from dataclasses import dataclass, replace
-from itertools import combinations, permutations
+from itertools import combinations, pairwise, permutations
 
 import numpy as np
 
@@ -83,8 +83,11 @@ def choose_claim(scene: Scene, rng: np.random.Generator, dense: bool = False) ->
     """
     groups = _groups(scene)
     if dense:
-        things = tuple(_describe(group, True, True, True, True) for group in groups)
-        return Claim(things, _nesting(groups), scene.background)
+        nesting = _nesting(groups)
+        things = [_describe(group, True, True, True, True) for group in groups]
+        if nesting:
+            things[0] = replace(things[0], places=())  # the place of what is around it says it
+        return Claim(tuple(things), nesting, scene.background)
     background = scene.background if rng.random() < 0.3 else None
     relations = _relations(groups, rng)
     shapes_differ = len({group[0].shape for group in groups}) == len(groups)
@@ -141,7 +144,7 @@ def _relations(groups: list[list[Thing]], rng: np.random.Generator) -> tuple[Rel
     order = sorted(range(len(things)), key=lambda i: things[i].x if name == "left of" else things[i].y)
     if pick(rng, (False, True)):
         order, name = order[::-1], RELATIONS[name]
-    return tuple(Relation(a, name, b) for a, b in zip(order, order[1:], strict=False))
+    return tuple(Relation(a, name, b) for a, b in pairwise(order))
 
 
 def _clearly(a: Thing, name: str, b: Thing) -> bool:

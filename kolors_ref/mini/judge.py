@@ -5,7 +5,7 @@ each part's outer shape is compared with templates, and its inside with what the
 """
 
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache
 from itertools import product
 
 import numpy as np
@@ -22,6 +22,8 @@ MIN_AREA = 60
 """Pixels below which a part of the picture is a speck and no thing."""
 MIN_DIFFERENCE = 42.0
 """The distance in RGB from the background at which a pixel may belong to a thing."""
+MIN_STRENGTH = 55.0
+"""The distance in RGB from the background that the stronger pixels of a thing must reach: else it is a stain."""
 MIN_OVERLAP = 0.72
 """The overlap (intersection over union) with the best template below which a shape is unknown."""
 GRID = 32
@@ -76,17 +78,21 @@ def _pixels(image: Image.Image | np.ndarray) -> np.ndarray:
         if image.dtype != np.uint8:
             image = (np.clip(image, 0, 1) * 255).round().astype(np.uint8)
         image = Image.fromarray(image)
+    image = image.convert("RGB")
     if image.size != (CANVAS, CANVAS):
-        image = image.resize((CANVAS, CANVAS), Image.Resampling.BOX if image.width > CANVAS else None)
-    return np.asarray(image.convert("RGB"), dtype=np.float64)
+        image = image.resize((CANVAS, CANVAS), Image.Resampling.LANCZOS)
+    return np.asarray(image, dtype=np.float64)
 
 
 def _read_part(pixels: np.ndarray, behind: np.ndarray, mask: np.ndarray) -> list[Thing]:
     """Reads one connected part of the foreground (H, W): one thing, or several that touch, each of its own colour."""
+    distance = np.sqrt(np.maximum(_distances(pixels, behind[None])[..., 0], 0))
+    strong = mask & (distance >= np.quantile(distance[mask], 0.7))
+    if distance[strong].mean() < MIN_STRENGTH:
+        return []
     colours = _flat_colours(pixels, behind, mask)
     if len(colours) < 2:
-        distance = _distances(pixels, behind[None])[..., 0]
-        colours = [pixels[mask & (distance >= np.quantile(distance[mask], 0.7))].mean(axis=0)]
+        colours = [pixels[strong].mean(axis=0)]
     nearest = np.argmin(_distances(pixels, np.array(colours)), axis=2)
     blobs = []
     for i, colour in enumerate(colours):
@@ -101,7 +107,7 @@ def _read_part(pixels: np.ndarray, behind: np.ndarray, mask: np.ndarray) -> list
         blobs += [(cover * piece, colour) for piece in pieces if piece.sum() >= MIN_AREA and erode(piece, 2).any()]
     things, taken = [], np.zeros_like(mask)
     for cover, colour in sorted(blobs, key=lambda blob: blob[0].sum()):
-        if (cover > 0.5).any():
+        if (cover > 0.5).sum() >= MIN_AREA / 2:
             things.append(_read_thing(cover, _colour_name(colour, behind), taken))
             taken |= cover > 0.5
     return things
@@ -180,7 +186,7 @@ def _shape(portrait: np.ndarray, size: str) -> str:
     return names[best] if overlaps[best] >= MIN_OVERLAP else UNKNOWN
 
 
-@lru_cache(maxsize=None)
+@cache
 def _templates(size: str) -> tuple[list[str], np.ndarray]:
     """Every shape in a size, at several angles, sharp and soft: its names, and its portraits (N, GRID * GRID)."""
     names, portraits = [], []

@@ -27,7 +27,7 @@ from .world import (
     related,
 )
 
-LAYOUTS = {"single": 0.25, "row": 0.2, "column": 0.2, "nested": 0.1, "alike": 0.15, "free": 0.1}
+LAYOUTS = {"single": 0.35, "row": 0.15, "column": 0.15, "nested": 0.1, "alike": 0.15, "free": 0.1}
 """How often things stand alone, beside each other, one over the other, one in the other, as copies, or anywhere."""
 GAP = 5.0
 """The least number of pixels between two things, and between a thing and the edge; twice that in clean scenes."""
@@ -61,8 +61,8 @@ def sample_scene(rng: np.random.Generator, held_out: bool = False, clean: bool =
     A clean scene, for quality tuning, is drawn upright in the exact sizes and colours, with things on the lines of a
     grid and wide gaps; any other is a little turned, scaled, shaded and shifted.
     """
+    layout = pick(rng, tuple(LAYOUTS), tuple(LAYOUTS.values()))
     while True:  # about half of the proposals fit
-        layout = pick(rng, tuple(LAYOUTS), tuple(LAYOUTS.values()))
         background = pick(rng, tuple(BACKGROUNDS))
         looks = _sample_looks(rng, layout, background, held_out)
         things = _arrange(rng, layout, looks, clean)
@@ -74,10 +74,9 @@ def _sample_looks(rng: np.random.Generator, layout: str, background: str, held_o
     """Draws the shape, colour, size and texture of each thing; no two share both shape and colour unless alike."""
     behind = BACKGROUNDS[background]
     if layout == "single":
-        return [_sample_look(rng, behind, held_out)]
+        return [_sample_look(rng, behind, held_out, size=pick(rng, tuple(SIZES), (1, 2, 2)))]
     if layout == "nested":
-        shape, texture = pick(rng, CONTAINERS)
-        outer = _sample_look(rng, behind, False, shape, "large", texture)
+        outer = _sample_look(rng, behind, False, pick(rng, CONTAINERS), "large", pick(rng, ("filled", "outline")))
         while True:  # the inner thing must not look like a hole either
             inner = _sample_look(rng, behind, held_out, size="small")
             if outer[3] == "outline" or contrast(COLOURS[inner[1]], COLOURS[outer[1]]) >= MIN_CONTRAST:
@@ -106,7 +105,7 @@ def _sample_look(
     while True:
         colour, a_shape, a_size = pick(rng, tuple(COLOURS)), shape or pick(rng, SHAPES), size or pick(rng, tuple(SIZES))
         roomy = a_size == "large" or (a_size == "medium" and a_shape not in SLENDER)
-        a_texture = texture or (pick(rng, TEXTURES, (0.5, 0.25, 0.25)) if roomy else "filled")
+        a_texture = texture or (pick(rng, TEXTURES, (0.4, 0.3, 0.3)) if roomy else "filled")
         look = (a_shape, colour, a_size, a_texture)
         if contrast(COLOURS[colour], behind) >= MIN_CONTRAST and Thing(*look, 0, 0, 0).held_out == held_out:
             return look

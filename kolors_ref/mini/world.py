@@ -55,17 +55,18 @@ PLACES = {
 }
 """The nine places of a picture as (column, row) of a grid whose lines lie at 3/8 and 5/8 of the canvas."""
 
-RELATIONS = {"left of": "right of", "right of": "left of", "above": "below", "below": "above", "inside": "around"}
+RELATIONS = {
+    "left of": "right of",
+    "right of": "left of",
+    "above": "below",
+    "below": "above",
+    "inside": "around",
+    "around": "inside",
+}
 """Each relation with its inverse."""
 
-CONTAINERS = (
-    ("circle", "filled"),
-    ("circle", "outline"),
-    ("square", "filled"),
-    ("square", "outline"),
-    ("heart", "filled"),
-)
-"""The shapes, with a texture, that have room for a small thing inside when they are large."""
+CONTAINERS = ("circle", "square")
+"""The shapes that have room for any small thing inside, filled or in outline, when they are large."""
 
 HELD_OUT_COLOURS = frozenset(
     {
@@ -131,7 +132,7 @@ def related(a: Thing, relation: str, b: Thing) -> bool:
     """Says whether a is left of, right of, above, below, inside or around b.
 
     For a direction the centres must lie at least 10 pixels apart along it, and no further apart across it.
-    Raises KeyError for a relation that has no name in `RELATIONS` or its inverses.
+    Raises KeyError for a relation that is not in `RELATIONS`.
     """
     dx, dy = b.x - a.x, b.y - a.y
     contained = math.hypot(dx, dy) + min(a.extent, b.extent) / 2 < max(a.extent, b.extent) / 2

@@ -1,0 +1,51 @@
+"""The training data of the miniature Kolors: unlimited, drawn when it is asked for, the same on every machine."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import count
+
+from PIL import Image
+
+from .captions import LANGUAGES, word
+from .claims import Claim, choose_claim
+from .drawing import render
+from .scenes import generator, pick, sample_scene
+from .world import Scene
+
+DENSE_SHARE = 0.5
+"""The share of dense captions: the Kolors report, too, mixes short and detailed captions half and half."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """A scene with one caption of it, and the claim that the caption makes."""
+
+    scene: Scene
+    claim: Claim
+    caption: str
+    language: str
+    dense: bool
+
+    @property
+    def image(self) -> Image.Image:
+        """The picture: RGB, 128 x 128 pixels, drawn anew each time."""
+        return render(self.scene)
+
+
+def example(seed: int, index: int, held_out: bool = False, clean: bool = False) -> Example:
+    """Draws example number `index` of a seed.
+
+    With `held_out`, one of combinations of attributes that training must never show. With `clean`, one of the
+    subset for quality tuning: upright, in exact sizes and colours, on a grid and well apart.
+    """
+    rng = generator(seed, index)
+    scene = sample_scene(rng, held_out, clean)
+    dense = rng.random() < DENSE_SHARE
+    language = pick(rng, LANGUAGES)
+    claim = choose_claim(scene, rng, dense)
+    return Example(scene, claim, word(claim, rng, language), language, dense)
+
+
+def examples(seed: int, start: int = 0, step: int = 1, clean: bool = False) -> Iterator[Example]:
+    """Draws the training examples number start, start + step, start + 2 step ... of a seed, without end."""
+    return (example(seed, index, clean=clean) for index in count(start, step))
