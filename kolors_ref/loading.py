@@ -14,7 +14,7 @@ from weights_conversion.checkpoint import Checkpoint, Network
 from .config import GLMConfig, UNetConfig, VAEConfig
 from .models.glm import GLMEncoder
 from .models.unet import UNet
-from .models.vae import VAE
+from .models.vae import VAE, memory_format
 from .sampling import NoiseSchedule, Sampler, read_scheduler_config
 from .tokenizer import Tokenizer
 
@@ -57,12 +57,13 @@ def load_parts(
     dtype = dtype or default_dtype(networks["unet"], device)
     # The decoder's activations overflow in fp16, so the autoencoder is held in fp32 then.
     vae_dtype = torch.float32 if dtype == torch.float16 else dtype
+    vae = load_network(networks["vae"], vae_dtype, device)
     config, sampler = read_scheduler_config(checkpoint.scheduler)
     return Parts(
         tokenizer=tokenizer,
         text_encoder=load_network(networks["text_encoder"], dtype, device),
         unet=load_network(networks["unet"], dtype, device),
-        vae=load_network(networks["vae"], vae_dtype, device).to(memory_format=torch.channels_last),
+        vae=vae.to(memory_format=memory_format(vae.quant_conv.weight)),
         schedule=NoiseSchedule(config),
         sampler=sampler,
         zero_empty_negative=checkpoint.force_zeros_for_empty_prompt,

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: small networks gain nothing from threads
+
 
 def pytest_addoption(parser):
     group = parser.getgroup("parity", "parity with the oracle on a checkpoint of your own")

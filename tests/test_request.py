@@ -134,7 +134,9 @@ WRONG_VALUES = [
 ]
 
 
-@pytest.mark.parametrize(("arguments", "mentions"), WRONG_VALUES, ids=lambda value: str(value)[:50])
+@pytest.mark.parametrize(
+    ("arguments", "mentions"), WRONG_VALUES, ids=lambda value: "_".join(value) if isinstance(value, dict) else value
+)
 def test_wrong_values(small_pipe, arguments, mentions):
     """Every wrong value is a ValueError that says which."""
     expect(ValueError, lambda: small_pipe(**{"prompt": "a cat", **SIZES, **arguments}), mentions)

@@ -222,7 +222,10 @@ def unet_diffusers(folder: Path, dtype: torch.dtype, size: int) -> Loaded:
 
 def vae_ours(folder: Path, dtype: torch.dtype, size: int) -> Loaded:
     """Ours, in the memory format that our pipeline gives it."""
-    vae = load_ours(folder, "vae", dtype).to(memory_format=torch.channels_last)
+    from kolors_ref.models.vae import memory_format
+
+    vae = load_ours(folder, "vae", dtype)
+    vae = vae.to(memory_format=memory_format(vae.quant_conv.weight))
     latents = vae_latents(size, dtype)
     return Loaded(vae, lambda: vae.decode(latents))
 
