@@ -16,6 +16,9 @@ from torch import Tensor
 from .models.glm import GLMEncoder
 from .tokenizer import TokenBatch
 
+KEY_MULTIPLE = 16
+"""What the number of keys is rounded up to: attention takes a third less time over 32 keys than over 28 (CPU, fp32)."""
+
 
 @dataclass(frozen=True)
 class TextEmbeddings:
@@ -114,12 +117,13 @@ def packed_layout(tokens: TokenBatch) -> TextLayout:
     """Lays all prompts in ONE row, one after the other, each with its n pads as a single token of weight n.
 
     The cross-attention wants the same number of keys L for every prompt. A prompt of fewer tokens fills up with p
-    copies of its pad, each of weight n / p.
+    copies of its pad, each of weight n / p; L is rounded up in this way too.
     """
     lengths = tokens.attention_mask.sum(1).tolist()
     pads = [tokens.input_ids.shape[1] - length for length in lengths]
     kept = [length + min(n, 1) for length, n in zip(lengths, pads, strict=True)]
-    num_keys, total = max(kept), sum(kept)
+    total, max_length = sum(kept), tokens.input_ids.shape[1]
+    num_keys = min(math.ceil(max(kept) / KEY_MULTIPLE) * KEY_MULTIPLE, max_length)
 
     bias = torch.full((1, total, total), -math.inf, dtype=torch.float64)
     rows = torch.empty(len(kept), num_keys, dtype=torch.long)
@@ -137,7 +141,7 @@ def packed_layout(tokens: TokenBatch) -> TextLayout:
             key_bias[i, :copies] = math.log(n / copies)
         rows[i] = torch.cat([torch.full((copies,), start), torch.arange(first, end)])
         ends.append(end - 1)
-    keep = torch.cat([torch.arange(tokens.input_ids.shape[1] - k, tokens.input_ids.shape[1]) for k in kept])
+    keep = torch.cat([torch.arange(max_length - k, max_length) for k in kept])
     prompt = torch.repeat_interleave(torch.arange(len(kept)), torch.tensor(kept))
     return TextLayout(
         input_ids=tokens.input_ids[prompt, keep][None],

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from kolors_ref.text_layout import TextEmbeddings, packed_layout, padded_layout
+from kolors_ref.text_layout import KEY_MULTIPLE, TextEmbeddings, packed_layout, padded_layout
 from kolors_ref.tokenizer import TokenBatch
 
 INF = math.inf
@@ -67,9 +67,16 @@ def test_packed_bias(tokens):
 
 def test_packed_key_bias_of_fewer_copies_than_pads():
     layout = packed_layout(token_batch([[11, 12, 13], [21, 22]], 256))
-    assert layout.rows.tolist() == [[0, 1, 2, 3], [4, 4, 5, 6]]
-    expected = torch.tensor([[math.log(253), 0, 0, 0], [math.log(127), math.log(127), 0, 0]], dtype=torch.float64)
-    torch.testing.assert_close(layout.key_bias, expected, rtol=1e-15, atol=0)
+    assert KEY_MULTIPLE == 16
+    assert layout.rows.tolist() == [[*[0] * 13, 1, 2, 3], [*[4] * 14, 5, 6]]
+    rows = [[math.log(253 / 13)] * 13 + [0] * 3, [math.log(254 / 14)] * 14 + [0] * 2]
+    torch.testing.assert_close(layout.key_bias, torch.tensor(rows, dtype=torch.float64), rtol=1e-15, atol=0)
+
+
+def test_number_of_keys_is_rounded_up_but_not_beyond_the_prompt():
+    assert packed_layout(token_batch([[11] * 16], 256)).rows.shape == (1, 32)
+    assert packed_layout(token_batch([[11] * 15], 256)).rows.shape == (1, 16)
+    assert packed_layout(token_batch([[11] * 5], 10)).rows.shape == (1, 10)
 
 
 def test_packed_layout_without_pads():

@@ -146,15 +146,16 @@ def test_the_config_is_translated_both_ways(config):
 
 
 @torch.no_grad()
-def test_full_width_in_bfloat16():
-    """Two of the 24 official blocks: ours in bf16 is as near to fp32 as the oracle in bf16."""
-    config = CLIPVisionConfig(layers=2)
+def test_full_size_in_bfloat16():
+    """The whole official tower: ours in bf16 is as near to fp32 as the oracle in bf16."""
+    config = CLIPVisionConfig()
     oracle, ours = pair(config, torch.float32)
     pixels = picture(config, torch.float32, batch=1)
-    exact = oracle(pixels, output_hidden_states=True).hidden_states[-1]
-    assert error(ours(pixels, -1), exact) < 1e-5
-    theirs = error(oracle.bfloat16()(pixels, output_hidden_states=True).hidden_states[-1].float(), exact)
-    half = error(ours.bfloat16()(pixels, -1).float(), exact)
+    exact = oracle(pixels, output_hidden_states=True).hidden_states[-2]
+    assert exact.shape == (1, 577, 1024)
+    assert error(ours(pixels), exact) < 1e-5
+    theirs = error(oracle.bfloat16()(pixels, output_hidden_states=True).hidden_states[-2].float(), exact)
+    half = error(ours.bfloat16()(pixels).float(), exact)
     assert 1e-4 < half < 1.1 * theirs
 
 

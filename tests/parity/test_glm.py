@@ -141,7 +141,7 @@ def test_last_layer_runs_for_the_last_tokens_alone(layout):
 def test_packed_layout_is_short():
     layout = packed_layout(token_batch((9, 2), max_length=256))
     assert layout.input_ids.shape == (1, 13)  # the tokens, and one pad for each prompt
-    assert layout.rows.shape == (2, 10)
+    assert layout.rows.shape == (2, 16)
 
 
 def test_rotary_table_is_rounded_in_half_precision():
