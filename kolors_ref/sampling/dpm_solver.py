@@ -207,8 +207,10 @@ class EDMDPMSolverPP:
         check_request(self, num_steps, timesteps, sigmas)
         schedule.check_num_steps(num_steps)
         final = self.sigma_min if self.final_sigmas_type == "sigma_min" else 0.0
-        levels = np.append(karras_sigmas(self.sigma_min, self.sigma_max, num_steps, self.rho), final)
-        levels = torch.tensor(levels, dtype=torch.float32)
+        low, high = self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
+        # `karras_sigmas` in fp32, as the reference has it: over many stochastic steps the rounding shows.
+        levels = (high + torch.linspace(0, 1, num_steps) * (low - high)) ** self.rho
+        levels = torch.cat([levels, torch.tensor([final])])
         return Plan(0.25 * levels[:-1].log(), levels, math.sqrt(self.sigma_max**2 + 1))
 
     def add_noise(self, latents: Tensor, noise: Tensor, plan: Plan) -> Tensor:

@@ -294,10 +294,14 @@ def test_add_noise(name, begin):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("num_steps", [5, 25])
+@pytest.mark.parametrize("num_steps", [n for n in STEPS if n <= 50])
 @pytest.mark.parametrize("name", SETTINGS)
 def test_as_shipped(name, num_steps, dtype):
-    """Nothing lifted: what is left is the rounding of fp32 coefficients and, within a step, of fp32 latents."""
+    """Nothing lifted: what is left is the rounding of fp32 coefficients and, within a step, of fp32 latents.
+
+    Over 100 steps the oracle's own rounding adds up to 1.0e-6 to 1.5e-6 in four settings (stochastic or third-order);
+    there only the lifted oracle, in `test_exact_at_every_length`, is a measure.
+    """
     sampler = SETTINGS[name]
     oracle, plan = make_oracle(sampler), sampler.plan(NoiseSchedule(KOLORS), num_steps)
     oracle.set_timesteps(num_steps)
@@ -309,11 +313,11 @@ def test_as_shipped(name, num_steps, dtype):
 
 
 def test_edm_plan():
-    """The oracle raises to the seventh power in fp32; its sigmas carry that rounding, and ours do not."""
+    """Sigmas are equal bit for bit: both raise to the seventh power in fp32."""
     for num_steps in STEPS:
         oracle, plan = make_oracle(EDMDPMSolverPP()), EDMDPMSolverPP().plan(NoiseSchedule(KOLORS), num_steps)
         oracle.set_timesteps(num_steps)
-        torch.testing.assert_close(plan.sigmas, oracle.sigmas, rtol=2e-6, atol=0)
+        assert torch.equal(plan.sigmas, oracle.sigmas)
         torch.testing.assert_close(plan.timesteps, oracle.timesteps, rtol=0, atol=1e-6)
         assert plan.initial_scale == oracle.init_noise_sigma
 
