@@ -11,6 +11,7 @@ from .arguments import (
     MAX_IMAGES,
     MAX_TOKENS,
     Size,
+    as_prompts,
     check_count,
     check_generators,
     check_negative_prompts,
@@ -114,7 +115,7 @@ class Request:
     @property
     def prompts(self) -> list[str] | None:
         """The prompts as a list; None where embeddings are given instead."""
-        return check_prompts(self.prompt, self.prompt_embeds)
+        return None if self.prompt is None else as_prompts("prompt", self.prompt)
 
     @property
     def negative_prompts(self) -> list[str] | None:

@@ -12,7 +12,16 @@ import torch
 from torch import Tensor
 
 from kolors_ref.sampling.protocol import DrawNoise, Predict, Step, Values, check_choice, check_request
-from kolors_ref.sampling.schedule import Level, NoiseSchedule, Plan, at_least_fp32, edm_level, karras_sigmas, vp_level
+from kolors_ref.sampling.schedule import (
+    Level,
+    NoiseSchedule,
+    Plan,
+    at_least_fp32,
+    edm_level,
+    karras_levels,
+    karras_sigmas,
+    vp_level,
+)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Mathematics
@@ -207,9 +216,8 @@ class EDMDPMSolverPP:
         check_request(self, num_steps, timesteps, sigmas)
         schedule.check_num_steps(num_steps)
         final = self.sigma_min if self.final_sigmas_type == "sigma_min" else 0.0
-        low, high = self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
-        # `karras_sigmas` in fp32, as the reference has it: over many stochastic steps the rounding shows.
-        levels = (high + torch.linspace(0, 1, num_steps) * (low - high)) ** self.rho
+        # In fp32, as the reference has it: over many stochastic steps the rounding shows.
+        levels = karras_levels(self.sigma_min, self.sigma_max, torch.linspace(0, 1, num_steps), self.rho)
         levels = torch.cat([levels, torch.tensor([final])])
         return Plan(0.25 * levels[:-1].log(), levels, math.sqrt(self.sigma_max**2 + 1))
 

@@ -8,7 +8,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from numbers import Integral
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -17,6 +17,8 @@ from torch import Tensor
 from kolors_ref.config import ScheduleConfig
 
 SPACINGS = ("leading", "linspace", "trailing")
+
+Ramp = TypeVar("Ramp", np.ndarray, Tensor)
 
 
 @dataclass(frozen=True, eq=False)
@@ -160,8 +162,13 @@ def karras_sigmas(sigma_min: float, sigma_max: float, n: int, rho: float = 7.0) 
 
     The higher rho, the more of them lie near sigma_min; n = 1 gives sigma_max alone.
     """
+    return karras_levels(sigma_min, sigma_max, np.linspace(0, 1, n), rho)
+
+
+def karras_levels(sigma_min: float, sigma_max: float, ramp: Ramp, rho: float) -> Ramp:
+    """The formula behind `karras_sigmas`, in the number format of `ramp` (n,), which runs from 0 to 1."""
     low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
-    return (high + np.linspace(0, 1, n) * (low - high)) ** rho
+    return (high + ramp * (low - high)) ** rho
 
 
 def at_least_fp32(x: Tensor) -> Tensor:

@@ -151,6 +151,18 @@ def assert_parity(ours, theirs, tolerance=None):
     assert relative_error(ours, theirs) <= (TOLERANCE[theirs.dtype] if tolerance is None else tolerance)
 
 
+def kolors_scheduler():
+    """The official scheduler."""
+    return EulerDiscreteScheduler(
+        num_train_timesteps=1100,
+        beta_start=0.00085,
+        beta_end=0.014,
+        beta_schedule="scaled_linear",
+        timestep_spacing="leading",
+        steps_offset=1,
+    )
+
+
 def small_pipeline(seed=0, glm=None, unet=None, vae=None):
     """diffusers' KolorsPipeline with small random networks, Kolors' schedule and the real tokenizer.
 
@@ -162,12 +174,5 @@ def small_pipeline(seed=0, glm=None, unet=None, vae=None):
         text_encoder=oracle_network("text_encoder", glm or glm_config(), seed + 1),
         tokenizer=ChatGLMTokenizer(vocab_file=str(TOKENIZER)),
         unet=oracle_network("unet", unet or unet_config(), seed + 2),
-        scheduler=EulerDiscreteScheduler(
-            num_train_timesteps=1100,
-            beta_start=0.00085,
-            beta_end=0.014,
-            beta_schedule="scaled_linear",
-            timestep_spacing="leading",
-            steps_offset=1,
-        ),
+        scheduler=kolors_scheduler(),
     )

@@ -14,7 +14,7 @@ from diffusers import (
     KolorsImg2ImgPipeline,
     KolorsPipeline,
 )
-from parity.oracle import needs_tokenizer, small_pipeline
+from parity.oracle import kolors_scheduler, needs_tokenizer, small_pipeline
 from PIL import Image
 
 from kolors_ref import KolorsPipeline as Ours
@@ -87,7 +87,7 @@ def ours(folder):
 
 def draw_both(oracle, ours, sampler="euler", scheduler=EulerDiscreteScheduler, settings=None, seed=3, **request):
     """The same pictures from both, as arrays in 0 ... 255."""
-    oracle.scheduler = scheduler.from_config(small_pipeline_scheduler(), **(settings or {}))
+    oracle.scheduler = scheduler.from_config(kolors_scheduler().config, **(settings or {}))
     request = {"height": 64, "width": 64, "generator": seed, **request}
 
     def arguments():
@@ -97,18 +97,6 @@ def draw_both(oracle, ours, sampler="euler", scheduler=EulerDiscreteScheduler, s
         return {**request, "generator": generator, "output_type": "np"}
 
     return ours(**arguments(), sampler=sampler) * 255, oracle(**arguments()).images * 255
-
-
-def small_pipeline_scheduler():
-    """The official scheduler's config."""
-    return EulerDiscreteScheduler(
-        num_train_timesteps=1100,
-        beta_start=0.00085,
-        beta_end=0.014,
-        beta_schedule="scaled_linear",
-        timestep_spacing="leading",
-        steps_offset=1,
-    ).config
 
 
 def assert_same_pictures(ours, theirs, spread=10.0):
@@ -232,7 +220,7 @@ def test_image_to_image(oracle, ours, sampler, scheduler, settings, strength):
     """Pictures started from a picture, for strengths up to 1."""
     image_oracle = KolorsImg2ImgPipeline(**oracle.components)
     image_oracle.set_progress_bar_config(disable=True)
-    image_oracle.scheduler = scheduler.from_config(small_pipeline_scheduler(), **settings)
+    image_oracle.scheduler = scheduler.from_config(kolors_scheduler().config, **settings)
     for request in (
         {"prompt": "a boat", "image": photograph()},
         {"prompt": ["a boat", "猫"], "image": [photograph(), photograph().rotate(180)], "num_images_per_prompt": 2},
@@ -304,7 +292,7 @@ def test_zeros_for_no_negative_prompt(oracle, folder):
     pictures = (
         ours("a boat", negative_prompt=None, generator=make(0), sampler="euler", output_type="np", **common) * 255
     )
-    oracle.scheduler = EulerDiscreteScheduler.from_config(small_pipeline_scheduler())
+    oracle.scheduler = EulerDiscreteScheduler.from_config(kolors_scheduler().config)
     embeds, _, pooled, _ = oracle.encode_prompt("a boat", do_classifier_free_guidance=False)
     theirs = oracle(
         prompt_embeds=embeds,
@@ -356,7 +344,7 @@ def test_given_embeddings_are_repeated(ours):
 def test_command_line(oracle, folder, tmp_path, sampler):
     """The command line draws diffusers' pictures: a batch of three, two images each, not square."""
     scheduler, settings, arguments = SETTINGS[sampler]
-    oracle.scheduler = scheduler.from_config(small_pipeline_scheduler(), **settings)
+    oracle.scheduler = scheduler.from_config(kolors_scheduler().config, **settings)
     prompts = ["一只猫", "", "a dog that sleeps under an old tree in autumn"]
     theirs = oracle(
         prompts,
@@ -380,7 +368,7 @@ def test_command_line(oracle, folder, tmp_path, sampler):
 
 def test_the_checkpoint_chooses_the_sampler(folder, tmp_path, oracle):
     """A call that names no sampler uses the one of scheduler_config.json."""
-    oracle.scheduler = DPMSolverMultistepScheduler.from_config(small_pipeline_scheduler(), use_karras_sigmas=True)
+    oracle.scheduler = DPMSolverMultistepScheduler.from_config(kolors_scheduler().config, use_karras_sigmas=True)
     oracle.save_pretrained(tmp_path / "dpm")
     ours = Ours.from_pretrained(tmp_path / "dpm")
     arguments = {"prompt": "a boat", "negative_prompt": "", "height": 64, "width": 64, "num_inference_steps": 8}
