@@ -1,0 +1,149 @@
+"""Stage four of training: the UNet, on latents that were computed before (Kolors report, section 2.2)."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ..config import UNetConfig
+from ..models.glm import GLMEncoder
+from ..models.unet import UNet
+from ..models.vae import VAE
+from ..sampling import NoiseSchedule
+from ..text_layout import packed_layout
+from ..tokenizer import Tokenizer
+from .autoencoder import pixels, unit_noise
+from .captions import LANGUAGES, word
+from .claims import choose_claim
+from .data import example
+from .processes import Processes
+from .scenes import generator, pick
+from .training_state import read_tensors, write_tensors
+from .world import CANVAS
+
+NO_CAPTION = 0.1
+"""The share of examples without a caption, for classifier-free guidance (Ho and Salimans 2022)."""
+SMALL = 0.1
+"""The share of pictures enlarged from half their size, which the size condition tells (Podell et al. 2023, 2.2)."""
+SNR_LIMIT = 5.0
+"""The signal-to-noise ratio beyond which a level counts less (min-SNR, Hang et al. 2023)."""
+SHARD = 2048
+"""Pictures whose latents are in one file."""
+
+
+class DenoisingLoss(nn.Module):
+    """The UNet with its loss: the squared error of the noise that it predicts."""
+
+    def __init__(self, config: UNetConfig, schedule: NoiseSchedule) -> None:
+        super().__init__()
+        self.unet = UNet(config)
+        self.register_buffer("signal", schedule.alphas_cumprod, persistent=False)
+
+    def forward(
+        self, latents: Tensor, noise: Tensor, timestep: Tensor, sizes: Tensor, text: Tensor, pooled: Tensor, bias: Tensor
+    ) -> Tensor:
+        """Gives the loss.
+
+        Args:
+            latents, noise: (B, 4, H/8, W/8), both of unit scale.
+            timestep: (B,) whole numbers.
+            sizes, text, pooled, bias: see `UNet.prepare`.
+        """
+        signal = self.signal[timestep][:, None, None, None]
+        noisy = signal.sqrt() * latents + (1 - signal).sqrt() * noise
+        noise_pred = self.unet(noisy, timestep, self.unet.prepare(text, pooled, sizes, bias))
+        snr = signal / (1 - signal)
+        return ((snr.clamp(max=SNR_LIMIT) / snr) * (noise_pred.float() - noise).square()).mean()
+
+
+@dataclass(frozen=True)
+class Latents:
+    """The latents of the first pictures of a seed, (N, 4, 16, 16), and whether each was enlarged, (N,)."""
+
+    latents: Tensor
+    small: Tensor
+
+
+@torch.no_grad()
+def cache_latents(
+    vae: VAE, folder: Path, name: str, seed: int, count: int, clean: bool, here: Processes
+) -> Latents:
+    """Encodes pictures, each process its share, into files that a later run takes as they are."""
+    files = [folder / f"{name}-{start:07d}.safetensors" for start in range(0, count, SHARD)]
+    missing = [(number, file) for number, file in enumerate(files) if not file.is_file()]
+    for number, file in tqdm(missing[here.rank :: here.count], desc=name, unit="file", disable=not here.first):
+        numbers = range(number * SHARD, min((number + 1) * SHARD, count))
+        small = torch.tensor([not clean and generator(seed + 2, n).random() < SMALL for n in numbers])
+        latents = [
+            encode(vae, [picture(seed, n, clean, bool(s)) for n, s in part], here)
+            for part in split(list(zip(numbers, small, strict=True)), 32)
+        ]
+        write_tensors(file, {"latents": torch.cat(latents).half(), "small": small})
+    here.wait()
+    shards = [read_tensors(file)[0] for file in files]
+    return Latents(torch.cat([s["latents"] for s in shards]), torch.cat([s["small"] for s in shards]))
+
+
+def split(items: list, size: int) -> list[list]:
+    """Cuts a list into pieces."""
+    return [items[start : start + size] for start in range(0, len(items), size)]
+
+
+def encode(vae: VAE, pictures: list[np.ndarray], here: Processes) -> Tensor:
+    """The latents (B, 4, 16, 16) of pictures, in bf16 arithmetic."""
+    with torch.autocast(here.device.type, torch.bfloat16):
+        return vae.encode(pixels(np.stack(pictures)).to(here.device)).mode().float().cpu()
+
+
+def picture(seed: int, number: int, clean: bool, small: bool) -> np.ndarray:
+    """A picture as bytes (128, 128, 3); a small one is enlarged from half the size."""
+    image = example(seed, number, clean=clean).image
+    if small:
+        image = image.resize((CANVAS // 2,) * 2, Image.BOX).resize((CANVAS,) * 2, Image.BICUBIC)
+    return np.asarray(image)
+
+
+def denoising_batches(
+    cached: Latents,
+    seed: int,
+    clean: bool,
+    dense_share: float,
+    num_timesteps: int,
+    tokenizer: Tokenizer,
+    text_encoder: GLMEncoder,
+) -> Callable[[range], tuple[Tensor, ...]]:
+    """Gives the function that makes a batch from the numbers of its examples.
+
+    A picture comes again and again, each time with another caption and other noise.
+    """
+
+    def batch(numbers: range) -> tuple[Tensor, ...]:
+        captions, noises, timesteps = [], [], []
+        for number in numbers:
+            rng = generator(seed + 3, number)
+            captions.append(new_caption(seed, number % len(cached.latents), clean, dense_share, rng))
+            timesteps.append(int(rng.random() * num_timesteps))
+            noises.append(unit_noise(seed, number, tuple(cached.latents.shape[1:])))
+        rows = [number % len(cached.latents) for number in numbers]
+        original = torch.where(cached.small[rows], CANVAS / 2, float(CANVAS))
+        sizes = torch.full((len(rows), 6), float(CANVAS))
+        sizes[:, 0], sizes[:, 1], sizes[:, 2:4] = original, original, 0.0
+        with torch.no_grad():
+            text = packed_layout(tokenizer(captions)).encode(text_encoder)
+        latents = cached.latents[rows].float()
+        return latents, torch.stack(noises), torch.tensor(timesteps), sizes, text.sequence, text.pooled, text.key_bias
+
+    return batch
+
+
+def new_caption(seed: int, number: int, clean: bool, dense_share: float, rng: np.random.Generator) -> str:
+    """Draws a caption of a picture; none, now and then."""
+    scene = example(seed, number, clean=clean).scene
+    empty, dense = rng.random() < NO_CAPTION, rng.random() < dense_share
+    language = pick(rng, LANGUAGES)
+    return "" if empty else word(choose_claim(scene, rng, dense), rng, language)

@@ -1,0 +1,77 @@
+"""Stage two of training: the text encoder as a causal language model of captions (GLM, Du et al. 2022)."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..config import GLMConfig
+from ..models.glm import GLMEncoder, RMSNorm
+from ..tokenizer import Tokenizer
+from .data import example
+
+IGNORED = -100
+"""The target of a position that counts nothing."""
+
+
+class LanguageModel(nn.Module):
+    """The text encoder with the two parts that it leaves out: the final norm and the output head."""
+
+    def __init__(self, config: GLMConfig) -> None:
+        super().__init__()
+        self.encoder = GLMEncoder(config)
+        self.final_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        for parameter in self.parameters():
+            if parameter.ndim == 2:
+                nn.init.normal_(parameter, std=0.02)
+
+    def forward(self, ids: Tensor, targets: Tensor) -> Tensor:
+        """Gives the cross-entropy of the next token, in nats, the mean over captions of the mean over their tokens.
+
+        Args:
+            ids: (B, L), filled up on the right.
+            targets: (B, L), the token after each, or IGNORED.
+        """
+        batch, length = ids.shape
+        positions = torch.arange(length, device=ids.device).expand(batch, length)
+        bias = torch.full((length, length), float("-inf"), device=ids.device).triu(1).expand(batch, length, length)
+        _, hidden = self.encoder(ids, positions, bias, pooled_at=positions)
+        logits = self.lm_head(self.final_norm(hidden))
+        losses = F.cross_entropy(logits.float().transpose(1, 2), targets, ignore_index=IGNORED, reduction="none")
+        return (losses.sum(1) / (targets != IGNORED).sum(1)).mean()
+
+    def checkpoint(self) -> dict[str, Tensor]:
+        """The tensors as a checkpoint's text encoder has them, those that the encoder does not use included."""
+        rotary = self.encoder.config.head_dim // 2
+        return {
+            **self.encoder.state_dict(),
+            "final_norm.weight": self.final_norm.weight,
+            "lm_head.weight": self.lm_head.weight,
+            "rope.inv_freq": 1.0 / 10000 ** (torch.arange(0, rotary, 2, dtype=torch.float32) / rotary),
+        }
+
+
+def caption_batches(tokenizer: Tokenizer, seed: int) -> Callable[[range], tuple[Tensor, Tensor]]:
+    """Gives the function that makes a batch of token ids and targets from the numbers of its examples."""
+    end = tokenizer.special_ids["eop"]
+
+    def batch(numbers: range) -> tuple[Tensor, Tensor]:
+        rows = [[*tokenizer.encode(example(seed, number).caption), end] for number in numbers]
+        length = max(map(len, rows)) - 1
+        start = len(tokenizer.prefix) - 1  # nothing to learn in the prefix
+        ids = [row[:-1] + [end] * (length + 1 - len(row)) for row in rows]
+        targets = [[IGNORED] * start + row[start + 1 :] + [IGNORED] * (length + 1 - len(row)) for row in rows]
+        return torch.tensor(ids), torch.tensor(targets)
+
+    return batch
+
+
+def bag_of_words(model: LanguageModel) -> LanguageModel:
+    """Silences every layer, so that a token's embedding knows neither its neighbours nor its place."""
+    with torch.no_grad():
+        for layer in model.encoder.layers:
+            layer.attn.out.weight.zero_()
+            layer.ffn.down.weight.zero_()
+    return model

@@ -1,0 +1,141 @@
+"""The training loop that all stages share. Step s of a run is a function of its number alone, so it can be resumed.
+
+A batch is made from the numbers of its examples; everything random in it comes from these numbers, and nothing is kept
+from one step to the next but weights, their average, and the optimizer's moments.
+"""
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import clip_grad_norm_
+from torch.optim.swa_utils import AveragedModel
+from tqdm import tqdm
+
+from .processes import Processes
+from .recipe import Stage
+from .training_state import TrainingState, load_state, save_state
+
+Batch = tuple[Tensor, ...]
+CLIP = 1.0
+"""The greatest norm of a gradient."""
+
+
+def train(
+    stage: Stage,
+    module: nn.Module,
+    make_batch: Callable[[range], Batch],
+    folder: Path,
+    here: Processes,
+    previous: bool = False,
+) -> nn.Module:
+    """Trains a module whose forward maps a batch to its loss; goes on from the last checkpoint in the folder.
+
+    Args:
+        stage: its settings.
+        module: with its first weights, on the device to train on.
+        make_batch: makes the batch of the examples with these numbers.
+        folder: of the checkpoints and the curve.
+        here: this process; every process takes its share of each batch.
+        previous: go on from the last checkpoint but one.
+
+    Returns:
+        The module with the moving average of its weights.
+
+    Raises:
+        ValueError: the checkpoint is damaged or of another run, or the loss is no longer a number.
+        OSError: a checkpoint cannot be written.
+    """
+    average = AveragedModel(module, avg_fn=lambda old, new, count: old.lerp(new, 1 - ema_decay(stage, count)))
+    optimizer = torch.optim.AdamW(module.parameters(), betas=(0.9, 0.99), weight_decay=0.01)
+    settings = json.dumps(asdict(stage))
+    state = load_state(folder, stage.name, settings, previous)
+    if state is not None:
+        restore(state, module, average, optimizer)
+    first = 0 if state is None else state.step
+    model = DistributedDataParallel(module) if here.count > 1 else module
+    curve = Curve(folder / f"{stage.name}.jsonl", first) if here.first else None
+    with tqdm(total=stage.steps, initial=first, desc=stage.name, unit="step", disable=not here.first) as bar:
+        for step in range(first, stage.steps):
+            optimizer.param_groups[0]["lr"] = stage.learning_rate_at(step)
+            start = step * stage.batch_size
+            batch = make_batch(range(start + here.rank, start + stage.batch_size, here.count))
+            with torch.autocast(here.device.type, torch.bfloat16):
+                loss = model(*(tensor.to(here.device) for tensor in batch))
+            loss.backward()
+            clip_grad_norm_(module.parameters(), CLIP)
+            optimizer.step()
+            optimizer.zero_grad()
+            average.update_parameters(module)
+            bar.update()
+            if curve is not None:
+                curve.add(step, loss.item(), bar)
+            if (step + 1) % stage.save_every == 0 and step + 1 < stage.steps:
+                if here.first:
+                    save_state(folder, stage.name, snapshot(step + 1, settings, module, average, optimizer))
+                here.wait()
+    return average.module
+
+
+def ema_decay(stage: Stage, count: Tensor) -> Tensor:
+    """The decay of the moving average, smaller at first so that the first weights are forgotten."""
+    return torch.clamp((1 + count) / (10 + count), max=stage.ema_decay)
+
+
+def snapshot(
+    step: int, settings: str, module: nn.Module, average: AveragedModel, optimizer: torch.optim.Optimizer
+) -> TrainingState:
+    """Everything that the next step depends on."""
+    tensors = {f"module.{name}": tensor for name, tensor in module.state_dict().items()}
+    tensors |= {f"average.{name}": tensor for name, tensor in average.state_dict().items()}
+    for number, moments in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{number}.{name}": tensor for name, tensor in moments.items()}
+    return TrainingState(step, settings, tensors)
+
+
+def restore(
+    state: TrainingState, module: nn.Module, average: AveragedModel, optimizer: torch.optim.Optimizer
+) -> None:
+    """Puts back what `snapshot` took."""
+    parts: dict[str, dict[str, Tensor]] = {"module": {}, "average": {}, "optimizer": {}}
+    for name, tensor in state.tensors.items():
+        part, _, rest = name.partition(".")
+        parts[part][rest] = tensor
+    module.load_state_dict(parts["module"])
+    average.load_state_dict(parts["average"])
+    moments: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in parts["optimizer"].items():
+        number, _, rest = name.partition(".")
+        moments.setdefault(int(number), {})[rest] = tensor
+    optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+class Curve:
+    """The loss over the steps, averaged over EVERY steps, as lines of JSON; lines beyond `first` are dropped."""
+
+    EVERY = 25
+
+    def __init__(self, path: Path, first: int) -> None:
+        lines = path.read_text(encoding="utf8").splitlines() if first and path.is_file() else []
+        kept = [line for line in lines if json.loads(line)["step"] <= first]
+        path.write_text("".join(f"{line}\n" for line in kept), encoding="utf8")
+        self.path, self.losses, self.began = path, [], time.perf_counter()
+
+    def add(self, step: int, loss: float, bar: tqdm) -> None:
+        """Notes the loss of a step; ValueError if it is not a number."""
+        if loss != loss or loss in (float("inf"), float("-inf")):
+            raise ValueError(f"the loss of {self.path.stem} is {loss} at step {step}; a lower learning rate may help")
+        self.losses.append(loss)
+        if (step + 1) % self.EVERY == 0:
+            now = time.perf_counter()
+            mean = sum(self.losses) / len(self.losses)
+            line = {"step": step + 1, "loss": round(mean, 6), "seconds": round(now - self.began, 2)}
+            with self.path.open("a", encoding="utf8") as file:
+                file.write(json.dumps(line) + "\n")
+            bar.set_postfix(loss=f"{mean:.4f}")
+            self.losses, self.began = [], now

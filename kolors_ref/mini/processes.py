@@ -1,0 +1,55 @@
+"""Several processes, as torchrun starts them, that work together: who this one is, and how they meet."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among all: number `rank` of `count`, computing on `device`."""
+
+    rank: int
+    count: int
+    device: torch.device
+
+    @property
+    def first(self) -> bool:
+        """Whether this process writes and prints for all."""
+        return self.rank == 0
+
+    def wait(self) -> None:
+        """Waits until all processes are here."""
+        if self.count > 1:
+            dist.barrier()
+
+
+@contextmanager
+def processes(device: str | None = None) -> Iterator[Processes]:
+    """Joins the processes that torchrun started, if it did; on a GPU each by NCCL, on CPUs by gloo.
+
+    Args:
+        device: "cpu" or "cuda"; a GPU where there is one if None.
+
+    Raises:
+        ValueError: the device does not exist here.
+    """
+    kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if kind not in ("cpu", "cuda"):
+        raise ValueError(f"the device to train on is {device!r}; it must be 'cpu' or 'cuda'")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ValueError("the device 'cuda' cannot be used here; 'cpu' always can")
+    count = int(os.environ.get("WORLD_SIZE", "1"))
+    place = torch.device(kind, int(os.environ.get("LOCAL_RANK", "0"))) if kind == "cuda" else torch.device("cpu")
+    if count == 1:
+        yield Processes(0, 1, place)
+        return
+    dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+    try:
+        yield Processes(dist.get_rank(), count, place)
+    finally:
+        dist.destroy_process_group()

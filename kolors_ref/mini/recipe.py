@@ -1,0 +1,134 @@
+"""The recipe of the miniature Kolors: the sizes of its networks, and the stages of its training."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from ..config import GLMConfig, ScheduleConfig, UNetConfig, VAEConfig
+
+PIECES = 1000
+"""Pieces of the SentencePiece model, its 256 bytes included."""
+
+GLM = GLMConfig(
+    vocab_size=1024,
+    hidden_size=128,
+    ffn_hidden_size=352,
+    num_layers=4,
+    num_heads=4,
+    head_dim=32,
+    num_kv_groups=2,
+    max_positions=256,
+)
+VAE = VAEConfig(channels=(16, 32, 64, 64), layers_per_block=1, norm_groups=4)
+UNET = UNetConfig(
+    channels=(80, 104),
+    transformer_depth=(1, 1),
+    num_heads=(2, 2),
+    layers_per_block=1,
+    text_dim=GLM.hidden_size,
+    cross_attention_dim=128,
+    pooled_dim=GLM.hidden_size,
+    size_embed_dim=16,
+    norm_groups=8,
+    sample_size=16,
+)
+SCHEDULER = {
+    "_class_name": "DPMSolverMultistepScheduler",
+    "algorithm_type": "dpmsolver++",
+    "solver_order": 2,
+    "use_karras_sigmas": True,
+    "prediction_type": "epsilon",
+    "timestep_spacing": "leading",
+    "steps_offset": 1,
+}
+"""What the miniature asks to be sampled with, in the terms of scheduler_config.json; the betas are the recipe's."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of training: AdamW with a linear warm-up and a cosine decay (Loshchilov and Hutter 2017).
+
+    Attributes:
+        name: of the stage, and of its files.
+        steps: of the optimizer.
+        batch_size: examples of one step, over all processes together.
+        learning_rate, final_learning_rate: at the end of the warm-up and at the end.
+        warmup: steps.
+        ema_decay: of the moving average of the weights, which is what a stage gives.
+        save_every: steps between checkpoints.
+    """
+
+    name: str
+    steps: int
+    batch_size: int
+    learning_rate: float
+    final_learning_rate: float
+    warmup: int = 100
+    ema_decay: float = 0.999
+    save_every: int = 200
+
+    def learning_rate_at(self, step: int) -> float:
+        """The learning rate of a step, counted from 0."""
+        progress = min(1.0, step / max(1, self.steps))
+        decayed = self.final_learning_rate + (self.learning_rate - self.final_learning_rate) * (
+            0.5 * (1 + math.cos(math.pi * progress))
+        )
+        return decayed * min(1.0, (step + 1) / max(1, self.warmup))
+
+    def scaled(self, factor: float) -> "Stage":
+        """The same stage with more or fewer steps."""
+        scale = lambda count: max(1, round(count * factor))
+        return replace(
+            self, steps=scale(self.steps), warmup=scale(self.warmup), save_every=min(self.save_every, scale(self.steps))
+        )
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides what comes out of training, but the machine.
+
+    Attributes:
+        seed: of data, weights and noise.
+        tokenizer_captions: captions that the SentencePiece model is made from.
+        glm, vae, vae_whole, unet, unet_tuning: the stages; those of the autoencoder work on crops and on whole
+            pictures, those of the UNet on the broad mix of pictures and on the clean subset.
+        scenes, clean_scenes: pictures whose latents are kept for the two stages of the UNet.
+        schedule: the noise schedule.
+        dense_share: the share of dense captions that the UNet sees; the rest are short.
+        bag_of_words: whether the text encoder's layers are left out, so that each token is embedded by itself.
+    """
+
+    seed: int = 0
+    tokenizer_captions: int = 20000
+    glm: Stage = Stage("glm", 2500, 32, 2e-3, 1e-5)
+    vae: Stage = Stage("vae", 5500, 16, 2e-3, 2e-4)
+    vae_whole: Stage = Stage("vae-whole", 1000, 4, 2e-4, 1e-6)
+    unet: Stage = Stage("unet", 5000, 32, 1e-3, 2e-4)
+    unet_tuning: Stage = Stage("unet-tuning", 1000, 32, 2e-4, 1e-6)
+    scenes: int = 49152
+    clean_scenes: int = 12288
+    schedule: ScheduleConfig = ScheduleConfig()
+    dense_share: float = 0.5
+    bag_of_words: bool = False
+
+    @property
+    def stages(self) -> Iterator[Stage]:
+        """The stages that have steps, in order."""
+        return (stage for stage in (self.glm, self.vae, self.vae_whole, self.unet, self.unet_tuning) if stage.steps)
+
+    def scaled(self, factor: float) -> "Recipe":
+        """The same recipe made longer or shorter: all stages and all data."""
+        stages = {
+            field: getattr(self, field).scaled(factor) for field in ("glm", "vae", "vae_whole", "unet", "unet_tuning")
+        }
+        counts = {
+            field: max(64, round(getattr(self, field) * factor))
+            for field in ("tokenizer_captions", "scenes", "clean_scenes")
+        }
+        return replace(self, **stages, **counts)
+
+    def scheduler_config(self) -> dict[str, Any]:
+        """The contents of the miniature's scheduler_config.json."""
+        betas = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule")
+        return {**SCHEDULER, **{name: value for name, value in asdict(self.schedule).items() if name in betas}}

@@ -1,0 +1,191 @@
+"""Training the miniature Kolors from nothing: every stage in turn, each from where it stopped, then the checkpoint."""
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from weights_conversion.files import write_json, write_safetensors
+
+from ..config import VAEConfig
+from ..models.glm import GLMEncoder
+from ..models.vae import VAE
+from ..picture_file import partial
+from ..sampling import NoiseSchedule
+from ..tokenizer import Tokenizer
+from . import recipe as sizes
+from .autoencoder import CROP, AutoencoderLoss, measured_scale, picture_batches
+from .denoiser import DenoisingLoss, Latents, cache_latents, denoising_batches
+from .language_model import LanguageModel, bag_of_words, caption_batches
+from .loop import train
+from .processes import Processes
+from .recipe import Recipe, Stage
+from .tokenizer_training import train_tokenizer
+from .training_state import read_tensors, write_tensors
+
+CLEAN_SEED = 1
+"""Added to the recipe's seed for the pictures of quality tuning."""
+
+
+def train_mini(folder: Path, recipe: Recipe, here: Processes, previous: bool = False) -> Path:
+    """Trains a miniature, going on where an interrupted run stopped.
+
+    Args:
+        folder: of everything that is written: checkpoints, curves, latents, and at last the model.
+        recipe: what is done.
+        here: this process.
+        previous: for the stage that is under way, go on from the last checkpoint but one.
+
+    Returns:
+        The folder of the model: a checkpoint in this project's layout.
+
+    Raises:
+        ValueError: a checkpoint is damaged, or the folder holds a run of another recipe.
+        OSError: something cannot be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    run = Run(folder, recipe, here, previous)
+    run.check_recipe()
+    run.tokenizer()
+    language_model = run.language_model()
+    vae = run.autoencoder()
+    unet = run.denoiser(language_model.encoder, vae)
+    model = folder / "model"
+    if here.first:
+        export(model, folder / "tokenizer.model", recipe, language_model, unet, vae)
+    here.wait()
+    return model
+
+
+class Run:
+    """A training run in a folder: its stages, each of which is done once and then read from its file."""
+
+    def __init__(self, folder: Path, recipe: Recipe, here: Processes, previous: bool) -> None:
+        self.folder, self.recipe, self.here, self.previous = folder, recipe, here, previous
+
+    def check_recipe(self) -> None:
+        """Notes the recipe in a new folder; raises ValueError if the folder holds a run of another."""
+        path, ours = self.folder / "recipe.json", json.loads(json.dumps(asdict(self.recipe)))
+        if not path.is_file() and self.here.first:
+            write_json(partial(path), ours)
+            os.replace(partial(path), path)
+        self.here.wait()
+        if json.loads(path.read_text(encoding="utf8")) != ours:
+            raise ValueError(f"{self.folder} holds a run of another recipe; give another folder with --folder")
+
+    def tokenizer(self) -> Tokenizer:
+        """The SentencePiece model."""
+        path = self.folder / "tokenizer.model"
+        if not path.is_file() and self.here.first:
+            train_tokenizer(partial(path), self.recipe)
+            os.replace(partial(path), path)
+        self.here.wait()
+        return Tokenizer(path)
+
+    def language_model(self) -> LanguageModel:
+        """The text encoder, trained as a language model and then frozen."""
+        model = self.seeded(lambda: LanguageModel(sizes.GLM))
+        if self.recipe.bag_of_words:
+            return bag_of_words(model).eval().requires_grad_(False)
+        return self.stage(self.recipe.glm, model, caption_batches(self.tokenizer(), self.recipe.seed))
+
+    def autoencoder(self) -> VAE:
+        """The autoencoder, with the scale of its latents measured and in its config."""
+        seed = self.recipe.seed
+        loss = self.seeded(lambda: AutoencoderLoss(sizes.VAE))
+        loss = self.stage(self.recipe.vae, loss, picture_batches(seed, sizes.VAE, CROP))
+        loss = self.stage(self.recipe.vae_whole, loss, picture_batches(seed, sizes.VAE))
+        path = self.folder / "vae-scale.json"
+        if not path.is_file() and self.here.first:
+            write_json(partial(path), {"scaling_factor": round(measured_scale(loss.vae, seed, self.here.device), 5)})
+            os.replace(partial(path), path)
+        self.here.wait()
+        return with_config(loss.vae, replace(sizes.VAE, **json.loads(path.read_text(encoding="utf8"))))
+
+    def denoiser(self, text_encoder: GLMEncoder, vae: VAE) -> nn.Module:
+        """The UNet: concept learning on the broad mix, then quality tuning on the clean subset."""
+        schedule = NoiseSchedule(self.recipe.schedule)
+        loss = self.seeded(lambda: DenoisingLoss(sizes.UNET, schedule))
+        for stage, clean, count in (
+            (self.recipe.unet, False, self.recipe.scenes),
+            (self.recipe.unet_tuning, True, self.recipe.clean_scenes),
+        ):
+            if not stage.steps:
+                continue
+            seed = self.recipe.seed + CLEAN_SEED * clean
+            empty = Latents(torch.empty(0), torch.empty(0))
+            done = self.weights(stage).is_file()
+            name = "latents-clean" if clean else "latents"
+            cached = empty if done else cache_latents(vae, self.folder, name, seed, count, clean, self.here)
+            batches = denoising_batches(
+                cached,
+                seed,
+                clean,
+                self.recipe.dense_share,
+                self.recipe.schedule.num_train_timesteps,
+                self.tokenizer(),
+                text_encoder,
+            )
+            loss = self.stage(stage, loss, batches)
+        return loss.unet
+
+    def stage(self, stage: Stage, module: nn.Module, batches: Callable[[range], tuple[Tensor, ...]]) -> nn.Module:
+        """Trains a module, unless that was done before; gives it with the average of its weights, frozen."""
+        path = self.weights(stage)
+        if not path.is_file():
+            module = module.to(self.here.device).train().requires_grad_(True)
+            module = train(stage, module, batches, self.folder, self.here, self.previous)
+            if self.here.first:
+                write_tensors(path, module.state_dict())
+            self.here.wait()
+        module.load_state_dict(read_tensors(path)[0])
+        return module.to(self.here.device).eval().requires_grad_(False)
+
+    def weights(self, stage: Stage) -> Path:
+        """The file of a stage that is done."""
+        return self.folder / f"{stage.name}.safetensors"
+
+    def seeded(self, build: Callable[[], nn.Module]) -> nn.Module:
+        """Builds a network with the first weights that the seed decides."""
+        torch.manual_seed(self.recipe.seed)
+        return build().to(self.here.device)
+
+
+def with_config(vae: VAE, config: VAEConfig) -> VAE:
+    """The same autoencoder under a config of the same sizes."""
+    other = VAE(config).to(vae.quant_conv.weight.device)
+    other.load_state_dict(vae.state_dict())
+    return other.eval().requires_grad_(False)
+
+
+def export(
+    folder: Path, tokenizer: Path, recipe: Recipe, language_model: LanguageModel, unet: nn.Module, vae: VAE
+) -> None:
+    """Writes a checkpoint in this project's layout, in fp16; the index, which makes it one, comes last."""
+    folder.mkdir(exist_ok=True)
+    tensors = {
+        "text_encoder": language_model.checkpoint(),
+        "unet": unet.state_dict(),
+        "vae": vae.state_dict(),
+    }
+    for name, state in tensors.items():
+        path = folder / f"{name}.safetensors"
+        write_safetensors(partial(path), {key: tensor.cpu() for key, tensor in state.items()}, torch.float16)
+        os.replace(partial(path), path)
+    partial(folder / tokenizer.name).write_bytes(tokenizer.read_bytes())
+    os.replace(partial(folder / tokenizer.name), folder / tokenizer.name)
+    configs = {"text_encoder": language_model.encoder.config, "unet": unet.config, "vae": vae.config}
+    index = {
+        "format": "kolors-ref",
+        "version": 1,
+        **{name: asdict(config) for name, config in configs.items()},
+        "scheduler": recipe.scheduler_config(),
+        "pipeline": {"force_zeros_for_empty_prompt": False},
+    }
+    path = folder / "kolors-ref.json"
+    write_json(partial(path), index)
+    os.replace(partial(path), path)
