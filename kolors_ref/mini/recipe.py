@@ -22,8 +22,8 @@ GLM = GLMConfig(
 )
 VAE = VAEConfig(channels=(16, 32, 64, 64), layers_per_block=1, norm_groups=4)
 UNET = UNetConfig(
-    channels=(80, 104),
-    transformer_depth=(1, 1),
+    channels=(64, 104),
+    transformer_depth=(0, 2),
     num_heads=(2, 2),
     layers_per_block=1,
     text_dim=GLM.hidden_size,
@@ -104,8 +104,8 @@ class Recipe:
     glm: Stage = Stage("glm", 2500, 32, 2e-3, 1e-5)
     vae: Stage = Stage("vae", 5500, 16, 2e-3, 2e-4)
     vae_whole: Stage = Stage("vae-whole", 1000, 4, 2e-4, 1e-6)
-    unet: Stage = Stage("unet", 5000, 32, 1e-3, 2e-4)
-    unet_tuning: Stage = Stage("unet-tuning", 1000, 32, 2e-4, 1e-6)
+    unet: Stage = Stage("unet", 7000, 32, 1e-3, 2e-4)
+    unet_tuning: Stage = Stage("unet-tuning", 1500, 32, 2e-4, 1e-6)
     scenes: int = 49152
     clean_scenes: int = 12288
     schedule: ScheduleConfig = ScheduleConfig()
