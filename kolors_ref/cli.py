@@ -1,4 +1,4 @@
-"""The command line: `kolors-ref generate PROMPT`, or just `kolors-ref PROMPT`."""
+"""The command line: `kolors-ref generate PROMPT` or just `kolors-ref PROMPT`, and the commands of the miniature."""
 
 import argparse
 import secrets
@@ -12,8 +12,10 @@ from .picture_file import check_writable, content_hash, read_parameters, save_pi
 if TYPE_CHECKING:
     from .pipeline import KolorsPipeline
 
-COMMANDS = ("generate",)
+COMMANDS = ("generate", "train", "evaluate")
 DTYPES = ("float32", "bfloat16", "float16")
+ABLATIONS = ("bag-of-words", "short-captions", "dense-captions", "sdxl-schedule", "no-tuning")
+MODEL_HELP = "a checkpoint's folder, or the id of a hub repository (default: the embedded miniature)"
 UNRECORDED = ("command", "output", "repeat", "help")
 """Arguments that do not change the picture, and are not read from one."""
 
@@ -29,7 +31,13 @@ class Parser(argparse.ArgumentParser):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; gives the exit status: 0, 2 for a mistake of the user's, 130 for an interruption."""
     try:
-        generate(parse(list(sys.argv[1:] if arguments is None else arguments)))
+        options = parse(list(sys.argv[1:] if arguments is None else arguments))
+        if options.command == "generate":
+            generate(options)
+        else:
+            from .mini import commands
+
+            (commands.run_training if options.command == "train" else commands.run_evaluation)(options)
     except KeyboardInterrupt:
         print("kolors-ref: interrupted", file=sys.stderr)
         return 130
@@ -56,6 +64,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         arguments = ["generate", *arguments]
     parser, generate_parser = build_parsers()
     options = parser.parse_args(arguments)
+    if options.command != "generate":
+        return options
     if options.repeat:
         recorded = read_parameters(options.repeat)
         inputs = recorded.get("inputs") if isinstance(recorded.get("inputs"), dict) else {}
@@ -63,8 +73,6 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         options = parser.parse_args(["generate", *as_arguments(recorded, generate_parser), *arguments[1:]])
     if not options.prompt:
         parser.error("a prompt is missing; give it in quotes after the command, or a picture with --repeat")
-    if options.model is None:
-        parser.error("--model is missing; give the folder of a checkpoint")
     return options
 
 
@@ -86,7 +94,7 @@ def build_parsers() -> tuple[Parser, Parser]:
     generate = commands.add_parser("generate", help="make pictures", description="Make pictures from prompts.")
     add = generate.add_argument
     add("prompt", nargs="*", metavar="PROMPT", help="what to draw; several prompts are drawn together")
-    add("--model", metavar="DIR", help="a checkpoint's folder, or the id of a hub repository")
+    add("--model", default="mini", metavar="DIR", help=MODEL_HELP)
     add("--variant", help="files to take where a checkpoint has several, such as fp16")
     add("--unet", metavar="FILE", help="a UNet to put over the model's: a .safetensors file or a checkpoint")
     add("--negative-prompt", default="", metavar="TEXT", help="what to lead away from")
@@ -112,7 +120,54 @@ def build_parsers() -> tuple[Parser, Parser]:
     add("-o", "--output", type=Path, metavar="FILE", help="a .png file (default: kolors-SEED.png)")
     add("--repeat", type=Path, metavar="FILE", help="make the picture of this file again; other options change it")
     generate.set_defaults(index=None, inputs={})
+    add_train(commands)
+    add_evaluate(commands)
     return parser, generate
+
+
+def add_train(commands: "argparse._SubParsersAction[Parser]") -> None:
+    """Adds the command `train`."""
+    about = "Train the embedded miniature from nothing; run again, it goes on where it stopped."
+    add = commands.add_parser("train", help="train the miniature", description=about).add_argument
+    add("what", choices=("mini",), help="the model to train")
+    add("--folder", type=Path, default=Path("mini-training"), help="for all that is written (default: %(default)s)")
+    add("--scale", type=positive, default=1.0, metavar="F", help="times the steps and the data (default: %(default)s)")
+    add("--seed", type=int, default=0, help="of weights, data and noise (default: %(default)s)")
+    add("--ablate", choices=ABLATIONS, help="leave something out, to see what it is good for")
+    add("--previous", action="store_true", help="go on from the last checkpoint but one")
+    add("--device", help="cpu or cuda (default: cuda if there is one)")
+
+
+def add_evaluate(commands: "argparse._SubParsersAction[Parser]") -> None:
+    """Adds the command `evaluate`."""
+    about = "Draw the prompts of MiniPrompts, judge the pictures, and print the scores."
+    add = commands.add_parser("evaluate", help="score a model", description=about).add_argument
+    add("--model", default="mini", metavar="DIR", help=MODEL_HELP)
+    add("--steps", type=int, default=25, help="denoising steps (default: %(default)s)")
+    add("--guidance-scale", type=float, default=6.5, help="1 is no guidance (default: %(default)s)")
+    add("--sampler", metavar="NAME", help="such as euler or dpmpp-2m-karras (default: the checkpoint's)")
+    add("--seed", type=int, default=0, help="of the noise (default: %(default)s)")
+    add("--language", choices=("zh", "en"), help="of the prompts (default: both)")
+    add("--limit", type=counting, default=24, metavar="N", help="prompts of a category and language (default: all 24)")
+    add("--batch-size", type=counting, default=16, metavar="N", help="pictures drawn together (default: %(default)s)")
+    add("--dtype", choices=DTYPES, help="to compute in (default: the checkpoint's; bfloat16 for fp16 on a CPU)")
+    add("--device", help="cpu or cuda (default: cuda if there is one)")
+    add("-o", "--output", type=Path, default=Path("evaluation"), metavar="DIR", help="for report.json and sheet.png")
+
+
+def positive(text: str) -> float:
+    """Reads a number above 0."""
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return value
+
+
+def counting(text: str) -> int:
+    """Reads a whole number from 1."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    return int(text)
 
 
 def generate(options: argparse.Namespace) -> None:

@@ -21,6 +21,9 @@ from .tokenizer import Tokenizer
 NETWORKS = {"text_encoder": (GLMEncoder, GLMConfig), "unet": (UNet, UNetConfig), "vae": (VAE, VAEConfig)}
 FORMATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 """The number formats that weights may have, and that can be computed in."""
+EMBEDDED = "mini"
+"""What the embedded miniature is called; a folder of that name is "./mini"."""
+WEIGHTS = Path(__file__).parent / "mini" / "weights"
 
 
 @dataclass(frozen=True)
@@ -168,11 +171,13 @@ def check_device(device: torch.device | str) -> torch.device:
 
 
 def find_folder(path: str | Path, variant: str | None) -> Path:
-    """Gives the folder of a checkpoint, fetching it from the hub if it is the id of a repository there.
+    """Gives the folder of a checkpoint: "mini" is the embedded one, and the id of a hub repository is fetched.
 
     Raises:
         FileNotFoundError: there is no such folder, and it is no id or the `hub` extra is not installed.
     """
+    if str(path) == EMBEDDED:
+        return WEIGHTS
     if Path(path).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
         return Path(path)
     try:

@@ -243,7 +243,6 @@ def test_a_picture_does_not_say_where_to_write(kolors, tmp_path):
     [
         (f'{{{RECORD}, "inputs": [1], "index": 7}}', "picture 7"),
         ("{}", "a prompt is missing"),
-        ('{"prompt": ["a cat"]}', "--model is missing"),
         ("[]", "not understood"),
         ("{", "cannot be read"),
         (f'{{{RECORD}, "prompt": 3}}', "prompt must be"),
@@ -339,9 +338,12 @@ def test_mistakes(expect_refused, arguments, mentions):
     expect_refused(*arguments, *sizes, *seed, mentions=mentions)
 
 
-def test_no_arguments_and_no_model(expect_refused):
+def test_no_arguments(expect_refused):
     expect_refused(mentions="COMMAND", model=None)
-    expect_refused("a cat", mentions="--model is missing", model=None)
+
+
+def test_the_embedded_model_is_the_default():
+    assert cli.parse(["a cat"]).model == "mini"
 
 
 @pytest.mark.parametrize(

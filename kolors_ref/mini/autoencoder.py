@@ -36,7 +36,7 @@ class AutoencoderLoss(nn.Module):
 
 
 def picture_batches(seed: int, config: VAEConfig, crop: int = CANVAS) -> Callable[[range], tuple[Tensor, Tensor]]:
-    """Gives the function that makes a batch of pictures, or square crops, and noise from the numbers of its examples."""
+    """Gives the function that makes pictures, or square crops of them, and noise from the numbers of examples."""
 
     def batch(numbers: range) -> tuple[Tensor, Tensor]:
         pictures, noises = [], []

@@ -45,7 +45,14 @@ class DenoisingLoss(nn.Module):
         self.register_buffer("signal", schedule.alphas_cumprod, persistent=False)
 
     def forward(
-        self, latents: Tensor, noise: Tensor, timestep: Tensor, sizes: Tensor, text: Tensor, pooled: Tensor, bias: Tensor
+        self,
+        latents: Tensor,
+        noise: Tensor,
+        timestep: Tensor,
+        sizes: Tensor,
+        text: Tensor,
+        pooled: Tensor,
+        bias: Tensor,
     ) -> Tensor:
         """Gives the loss.
 
@@ -70,9 +77,7 @@ class Latents:
 
 
 @torch.no_grad()
-def cache_latents(
-    vae: VAE, folder: Path, name: str, seed: int, count: int, clean: bool, here: Processes
-) -> Latents:
+def cache_latents(vae: VAE, folder: Path, name: str, seed: int, count: int, clean: bool, here: Processes) -> Latents:
     """Encodes pictures, each process its share, into files that a later run takes as they are."""
     files = [folder / f"{name}-{start:07d}.safetensors" for start in range(0, count, SHARD)]
     missing = [(number, file) for number, file in enumerate(files) if not file.is_file()]
@@ -123,6 +128,7 @@ def denoising_batches(
     """
 
     def batch(numbers: range) -> tuple[Tensor, ...]:
+        """The arguments of `DenoisingLoss.forward`."""
         captions, noises, timesteps = [], [], []
         for number in numbers:
             rng = generator(seed + 3, number)

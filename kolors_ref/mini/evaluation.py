@@ -114,11 +114,11 @@ class Report:
 
 
 def evaluate(
-    draw: Callable[[list[str]], Sequence[Image.Image]], prompts: Sequence[Prompt], batch_size: int = 16
+    draw: Callable[[Sequence[Prompt]], Sequence[Image.Image]], prompts: Sequence[Prompt], batch_size: int = 16
 ) -> Report:
     """Draws a picture of every prompt and judges it.
 
-    `draw` takes the texts of up to `batch_size` prompts and gives as many pictures, in their order.
+    `draw` takes up to `batch_size` prompts and gives as many pictures, in their order.
     Raises ValueError if there are no prompts, or if `draw` gives another number of pictures.
     """
     if not prompts:
@@ -126,7 +126,7 @@ def evaluate(
     results = []
     for start in range(0, len(prompts), batch_size):
         batch = prompts[start : start + batch_size]
-        images = draw([prompt.text for prompt in batch])
+        images = draw(batch)
         if len(images) != len(batch):
             raise ValueError(f"draw gave {len(images)} pictures of {len(batch)} prompts; it must give one of each")
         results += [

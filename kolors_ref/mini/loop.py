@@ -98,9 +98,7 @@ def snapshot(
     return TrainingState(step, settings, tensors)
 
 
-def restore(
-    state: TrainingState, module: nn.Module, average: AveragedModel, optimizer: torch.optim.Optimizer
-) -> None:
+def restore(state: TrainingState, module: nn.Module, average: AveragedModel, optimizer: torch.optim.Optimizer) -> None:
     """Puts back what `snapshot` took."""
     parts: dict[str, dict[str, Tensor]] = {"module": {}, "average": {}, "optimizer": {}}
     for name, tensor in state.tensors.items():

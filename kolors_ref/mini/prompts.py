@@ -31,8 +31,9 @@ PER_CATEGORY = 24
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt of the benchmark, with what must be true of a picture of it."""
+    """Prompt number `number` of the benchmark, with what must be true of a picture of it."""
 
+    number: int
     text: str
     language: str
     category: str
@@ -45,7 +46,7 @@ def mini_prompts(language: str | None = None) -> list[Prompt]:
     for number, (category, claim) in enumerate(_claims()):
         for i, spoken in enumerate(LANGUAGES):
             text = word(claim, generator(SEED, 2 * number + i), spoken)
-            prompts.append(Prompt(text, spoken, category, claim))
+            prompts.append(Prompt(len(prompts), text, spoken, category, claim))
     return [prompt for prompt in prompts if language in (None, prompt.language)]
 
 

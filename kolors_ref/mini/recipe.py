@@ -33,6 +33,7 @@ UNET = UNetConfig(
     norm_groups=8,
     sample_size=16,
 )
+SCHEDULE = ScheduleConfig()
 SCHEDULER = {
     "_class_name": "DPMSolverMultistepScheduler",
     "algorithm_type": "dpmsolver++",
@@ -108,7 +109,7 @@ class Recipe:
     unet_tuning: Stage = Stage("unet-tuning", 1500, 32, 2e-4, 1e-6)
     scenes: int = 49152
     clean_scenes: int = 12288
-    schedule: ScheduleConfig = ScheduleConfig()
+    schedule: ScheduleConfig = SCHEDULE
     dense_share: float = 0.5
     bag_of_words: bool = False
 

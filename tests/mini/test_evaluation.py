@@ -18,12 +18,12 @@ PROMPTS = mini_prompts()
 SCENES = {prompt.text: scene_for(prompt.claim) for prompt in PROMPTS}
 
 
-def perfect(texts):
-    return [render(SCENES[text]) for text in texts]
+def perfect(prompts):
+    return [render(SCENES[prompt.text]) for prompt in prompts]
 
 
-def blank(texts):
-    return [Image.new("RGB", (128, 128), "white") for _ in texts]
+def blank(prompts):
+    return [Image.new("RGB", (128, 128), "white") for _ in prompts]
 
 
 @pytest.fixture(scope="module")
@@ -32,8 +32,9 @@ def report():
 
 
 def test_the_benchmark_stays_the_same():
-    digest = hashlib.sha256(repr(PROMPTS).encode()).hexdigest()
-    assert digest[:16] == "17f97b282a045d6a"
+    assert [prompt.number for prompt in PROMPTS] == list(range(len(PROMPTS)))
+    digest = hashlib.sha256(repr([(p.text, p.language, p.category, p.claim) for p in PROMPTS]).encode()).hexdigest()
+    assert digest[:16] == "a1e7ac856052fba4"
 
 
 @pytest.mark.parametrize("language", ["zh", "en"])
@@ -73,8 +74,8 @@ def test_scores_by_category_and_language():
     """Chinese pictures of one category are spoilt: its score and the totals say so, and no other."""
     spoilt = {p.text for p in PROMPTS if (p.category, p.language) == ("colour", "zh")}
 
-    def draw(texts):
-        return [Image.new("RGB", (128, 128)) if text in spoilt else render(SCENES[text]) for text in texts]
+    def draw(prompts):
+        return [Image.new("RGB", (128, 128)) if p.text in spoilt else render(SCENES[p.text]) for p in prompts]
 
     report = evaluate(draw, [p for p in PROMPTS if p.category in ("colour", "shape")], batch_size=7)
     assert (report.score("colour", "zh"), report.score("colour", "en"), report.score("colour")) == (0.0, 1.0, 0.5)
@@ -90,9 +91,9 @@ def test_scores_by_category_and_language():
 def test_batches_are_as_large_as_asked():
     sizes = []
 
-    def draw(texts):
-        sizes.append(len(texts))
-        return blank(texts)
+    def draw(prompts):
+        sizes.append(len(prompts))
+        return blank(prompts)
 
     evaluate(draw, PROMPTS[:10], batch_size=4)
     assert sizes == [4, 4, 2]
@@ -100,7 +101,7 @@ def test_batches_are_as_large_as_asked():
 
 def test_a_wrong_number_of_pictures_is_refused():
     with pytest.raises(ValueError, match="draw gave 1 pictures of 4 prompts"):
-        evaluate(lambda texts: blank(texts[:1]), PROMPTS[:4])
+        evaluate(lambda prompts: blank(prompts[:1]), PROMPTS[:4])
 
 
 def test_no_prompts_are_refused():

@@ -1,0 +1,107 @@
+"""The miniature's commands: `kolors-ref train mini` and `kolors-ref evaluate`."""
+
+import argparse
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from PIL import Image
+from tqdm import tqdm
+
+from ..config import SDXL_SCHEDULE
+from ..pipeline import KolorsPipeline
+from .evaluation import Report, evaluate
+from .processes import Processes, processes
+from .prompts import PER_CATEGORY, Prompt, mini_prompts
+from .recipe import Recipe
+from .train import train_mini
+
+ABLATIONS: dict[str, Callable[[Recipe], Recipe]] = {
+    "bag-of-words": lambda recipe: replace(recipe, bag_of_words=True),
+    "short-captions": lambda recipe: replace(recipe, dense_share=0.0),
+    "dense-captions": lambda recipe: replace(recipe, dense_share=1.0),
+    "sdxl-schedule": lambda recipe: replace(
+        recipe, schedule=replace(recipe.schedule, num_train_timesteps=1000, beta_end=SDXL_SCHEDULE.beta_end)
+    ),
+    "no-tuning": lambda recipe: replace(
+        recipe,
+        unet=replace(recipe.unet, steps=recipe.unet.steps + recipe.unet_tuning.steps),
+        unet_tuning=replace(recipe.unet_tuning, steps=0),
+    ),
+}
+"""What can be left out or changed, to see what it was good for; everything else stays as it is."""
+
+
+def run_training(options: argparse.Namespace) -> None:
+    """Trains the miniature, or a variant of it, and prints where the checkpoint is."""
+    recipe = replace(Recipe(), seed=options.seed).scaled(options.scale)
+    if options.ablate:
+        recipe = ABLATIONS[options.ablate](recipe)
+    with processes(options.device) as here:
+        model = train_mini(options.folder, recipe, here, options.previous)
+        if here.first:
+            print(model)
+
+
+def run_evaluation(options: argparse.Namespace) -> None:
+    """Draws every prompt of MiniPrompts, judges the pictures, prints the table and writes it with the pictures."""
+    check_folder(options.output)
+    prompts = [prompt for prompt in mini_prompts(options.language) if chosen(prompt, options.limit)]
+    with processes(options.device) as here:
+        dtype = None if options.dtype is None else getattr(torch, options.dtype)
+        pipe = KolorsPipeline.from_pretrained(options.model, dtype, here.device)
+        mine = prompts[here.rank :: here.count]
+        with tqdm(total=len(mine), unit="picture", disable=None if here.first else True) as bar:
+            report = evaluate(drawing(pipe, options, bar), mine, options.batch_size)
+        report = gathered(report, here)
+    if here.first:
+        print(report.table())
+        options.output.mkdir(exist_ok=True)
+        report.write_json(options.output / "report.json")
+        report.write_contact_sheet(options.output / "sheet.png")
+
+
+def check_folder(folder: Path) -> None:
+    """Raises OSError unless a folder of this name can be made or is there."""
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"the output {folder} is a file; give the name of a folder")
+    if not folder.parent.is_dir():
+        raise FileNotFoundError(f"the folder {folder.parent} of the output does not exist; create it first")
+
+
+def chosen(prompt: Prompt, limit: int) -> bool:
+    """Whether a prompt is among the first `limit` of its category and language."""
+    return prompt.number // 2 % PER_CATEGORY < limit
+
+
+def drawing(
+    pipe: KolorsPipeline, options: argparse.Namespace, bar: tqdm
+) -> Callable[[Sequence[Prompt]], list[Image.Image]]:
+    """Gives the function that draws prompts; the noise of each comes from the seed and its number alone."""
+
+    def draw(prompts: Sequence[Prompt]) -> list[Image.Image]:
+        """Draws a picture of each."""
+        images = pipe(
+            [prompt.text for prompt in prompts],
+            num_inference_steps=options.steps,
+            guidance_scale=options.guidance_scale,
+            sampler=options.sampler,
+            generator=[torch.Generator().manual_seed(options.seed + prompt.number) for prompt in prompts],
+        )
+        bar.update(len(images))
+        return images
+
+    return draw
+
+
+def gathered(report: Report, here: Processes) -> Report:
+    """The results of all processes, in the order of the benchmark, in the first process; its own in any other."""
+    if here.count == 1:
+        return report
+    reports: list[Report | None] | None = [None] * here.count if here.first else None
+    dist.gather_object(report, reports)
+    if reports is None:
+        return report
+    return Report(tuple(sorted((r for part in reports for r in part.results), key=lambda r: r.prompt.number)))
