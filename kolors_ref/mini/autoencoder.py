@@ -9,13 +9,13 @@ from torch import Tensor, nn
 from ..config import VAEConfig
 from ..models.vae import VAE
 from .data import example
-from .scenes import generator
+from .scenes import generator, pick
 from .world import CANVAS
 
 KL_WEIGHT = 1e-4
 """Of the divergence from a standard normal, the mean over latents, beside the mean error of pixels in [-1, 1]."""
-CROP = 64
-"""Pixels along one side of a crop."""
+CROP = 48
+"""Pixels along one side of a crop: around a thing, since most of a picture is background and soon learnt."""
 
 
 class AutoencoderLoss(nn.Module):
@@ -42,8 +42,11 @@ def picture_batches(seed: int, config: VAEConfig, crop: int = CANVAS) -> Callabl
         pictures, noises = [], []
         for number in numbers:
             rng = generator(seed + 1, number)  # not the stream that the scene comes from
-            top, left = (int(rng.random() * (CANVAS - crop + 1)) for _ in range(2))
-            pictures.append(np.asarray(example(seed, number).image)[top : top + crop, left : left + crop])
+            shown = example(seed, number)
+            thing = pick(rng, shown.scene.things)
+            top, left = (round(centre + crop * (0.5 * rng.random() - 0.75)) for centre in (thing.y, thing.x))
+            top, left = (min(max(edge, 0), CANVAS - crop) for edge in (top, left))
+            pictures.append(np.asarray(shown.image)[top : top + crop, left : left + crop])
             noises.append(unit_noise(seed, number, (config.latent_channels, *[crop // config.downscale] * 2)))
         return pixels(np.stack(pictures)), torch.stack(noises)
 
