@@ -16,6 +16,7 @@ from .evaluation import Report, evaluate
 from .processes import Processes, processes
 from .prompts import PER_CATEGORY, Prompt, mini_prompts
 from .recipe import Recipe
+from .reuse import reuse_stages
 from .train import train_mini
 
 ABLATIONS: dict[str, Callable[[Recipe], Recipe]] = {
@@ -40,6 +41,9 @@ def run_training(options: argparse.Namespace) -> None:
     if options.ablate:
         recipe = ABLATIONS[options.ablate](recipe)
     with processes(options.device) as here:
+        if options.reuse is not None and here.first:
+            reuse_stages(options.folder, options.reuse, recipe)
+        here.wait()
         model = train_mini(options.folder, recipe, here, options.previous)
         if here.first:
             print(model)

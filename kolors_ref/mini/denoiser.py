@@ -23,7 +23,7 @@ from .claims import choose_claim
 from .data import example
 from .processes import Processes
 from .scenes import generator, pick
-from .training_state import read_tensors, write_tensors
+from .training_state import read_result, write_tensors
 from .world import CANVAS
 
 NO_CAPTION = 0.1
@@ -80,8 +80,9 @@ class Latents:
 def cache_latents(vae: VAE, folder: Path, name: str, seed: int, count: int, clean: bool, here: Processes) -> Latents:
     """Encodes pictures, each process its share, into files that a later run takes as they are."""
     files = [folder / f"{name}-{start:07d}.safetensors" for start in range(0, count, SHARD)]
-    missing = [(number, file) for number, file in enumerate(files) if not file.is_file()]
-    for number, file in tqdm(missing[here.rank :: here.count], desc=name, unit="file", disable=not here.first):
+    share = list(enumerate(files))[here.rank :: here.count]  # dealt out before anyone looks for files, which come up
+    missing = [(number, file) for number, file in share if not file.is_file()]
+    for number, file in tqdm(missing, desc=name, unit="file", disable=not here.first):
         numbers = range(number * SHARD, min((number + 1) * SHARD, count))
         small = torch.tensor([not clean and generator(seed + 2, n).random() < SMALL for n in numbers])
         latents = [
@@ -90,7 +91,7 @@ def cache_latents(vae: VAE, folder: Path, name: str, seed: int, count: int, clea
         ]
         write_tensors(file, {"latents": torch.cat(latents).half(), "small": small})
     here.wait()
-    shards = [read_tensors(file)[0] for file in files]
+    shards = [read_result(file) for file in files]
     return Latents(torch.cat([s["latents"] for s in shards]), torch.cat([s["small"] for s in shards]))
 
 

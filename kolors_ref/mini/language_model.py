@@ -1,4 +1,8 @@
-"""Stage two of training: the text encoder as a causal language model of captions (GLM, Du et al. 2022)."""
+"""Stage two of training: the text encoder as a causal language model of captions (GLM, Du et al. 2022).
+
+Each text says the same twice, in other words or in the other language. Whatever the first caption says, the second can
+be foretold from it, so that it pays to know which colour belonged to which shape; captions alone do not ask for that.
+"""
 
 from collections.abc import Callable
 
@@ -9,7 +13,9 @@ from torch import Tensor, nn
 from ..config import GLMConfig
 from ..models.glm import GLMEncoder, RMSNorm
 from ..tokenizer import Tokenizer
+from .captions import LANGUAGES, word
 from .data import example
+from .scenes import generator, pick
 
 IGNORED = -100
 """The target of a position that counts nothing."""
@@ -55,12 +61,17 @@ class LanguageModel(nn.Module):
 
 def caption_batches(tokenizer: Tokenizer, seed: int) -> Callable[[range], tuple[Tensor, Tensor]]:
     """Gives the function that makes a batch of token ids and targets from the numbers of its examples."""
-    end = tokenizer.special_ids["eop"]
+    end, prefix = tokenizer.special_ids["eop"], len(tokenizer.prefix)
+
+    def text(number: int) -> list[int]:
+        shown, rng = example(seed, number), generator(seed + 4, number)
+        again = word(shown.claim, rng, pick(rng, LANGUAGES))
+        return [*tokenizer.encode(shown.caption)[prefix:], end, *tokenizer.encode(again)[prefix:], end]
 
     def batch(numbers: range) -> tuple[Tensor, Tensor]:
-        rows = [[*tokenizer.encode(example(seed, number).caption), end] for number in numbers]
+        rows = [[*tokenizer.prefix, *text(number)] for number in numbers]
         length = max(map(len, rows)) - 1
-        start = len(tokenizer.prefix) - 1  # nothing to learn in the prefix
+        start = prefix - 1  # nothing to learn in the prefix
         ids = [row[:-1] + [end] * (length + 1 - len(row)) for row in rows]
         targets = [[IGNORED] * start + row[start + 1 :] + [IGNORED] * (length + 1 - len(row)) for row in rows]
         return torch.tensor(ids), torch.tensor(targets)
@@ -69,8 +80,12 @@ def caption_batches(tokenizer: Tokenizer, seed: int) -> Callable[[range], tuple[
 
 
 def bag_of_words(model: LanguageModel) -> LanguageModel:
-    """Silences every layer, so that a token's embedding knows neither its neighbours nor its place."""
+    """Silences every layer, so that a token's embedding knows neither its neighbours nor its place.
+
+    The embeddings are random, of unit scale: distinct is all that words need to be.
+    """
     with torch.no_grad():
+        model.encoder.token_embed.weight.mul_(1 / model.encoder.token_embed.weight.std())
         for layer in model.encoder.layers:
             layer.attn.out.weight.zero_()
             layer.ffn.down.weight.zero_()

@@ -1,7 +1,7 @@
 """`kolors-ref train mini` and `kolors-ref evaluate`: what they accept, refuse and write."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 from PIL import Image
@@ -9,6 +9,11 @@ from PIL import Image
 from kolors_ref import cli
 from kolors_ref.mini import commands
 from kolors_ref.mini.recipe import Recipe
+from kolors_ref.mini.reuse import reuse_stages
+
+UNFINISHED = "unet-00000200.safetensors"
+LATENTS = ("latents-0000000.safetensors", "latents-0002048.safetensors", "latents-clean-0000000.safetensors")
+REST = ("vae-whole.safetensors", "vae-scale.json", *LATENTS)
 
 
 def run(capsys, *arguments):
@@ -36,6 +41,45 @@ def test_without_tuning_the_steps_are_as_many():
     ablated = commands.ABLATIONS["no-tuning"](Recipe())
     assert ablated.unet.steps == Recipe().unet.steps + Recipe().unet_tuning.steps
     assert [stage.name for stage in ablated.stages] == ["glm", "vae", "vae-whole", "unet"]
+
+
+def a_run(folder, recipe):
+    """A folder as a run leaves it, but for the contents of its files."""
+    folder.mkdir()
+    (folder / "recipe.json").write_text(json.dumps(asdict(recipe)))
+    for name in ("tokenizer.model", "glm.safetensors", "vae.safetensors", "vae-whole.safetensors", "vae-scale.json"):
+        (folder / name).write_text(name)
+    for name in ("latents-0000000", "latents-0002048", "latents-clean-0000000", "unet", "unet-00000200"):
+        (folder / f"{name}.safetensors").write_text(name)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("change", "missing"),
+    [
+        ({"dense_share": 0.0}, set()),
+        ({"bag_of_words": True}, {"glm.safetensors"}),
+        ({"scenes": 64}, {"latents-0000000.safetensors", "latents-0002048.safetensors"}),
+        ({"vae_whole": replace(Recipe().vae_whole, steps=7)}, {"vae-whole.safetensors", "vae-scale.json", *LATENTS}),
+        ({"seed": 1}, {"tokenizer.model", "glm.safetensors", "vae.safetensors", *REST}),
+    ],
+)
+def test_stages_that_are_the_same_are_taken_over(tmp_path, change, missing):
+    other, folder = a_run(tmp_path / "other", Recipe()), tmp_path / "ours"
+    copied = reuse_stages(folder, other, replace(Recipe(), **change))
+    everything = {path.name for path in other.iterdir()} - {"recipe.json", "unet.safetensors", UNFINISHED}
+    assert set(copied) == {path.name for path in folder.iterdir()} == everything - missing
+    assert all((folder / name).read_bytes() == (other / name).read_bytes() for name in copied)
+
+
+def test_nothing_is_taken_over_twice_or_from_nowhere(tmp_path):
+    other, folder = a_run(tmp_path / "other", Recipe()), tmp_path / "ours"
+    assert reuse_stages(folder, other, Recipe())
+    (folder / "vae.safetensors").write_text("our own")
+    assert reuse_stages(folder, other, Recipe()) == []
+    assert (folder / "vae.safetensors").read_text() == "our own"
+    with pytest.raises(FileNotFoundError, match="no training run"):
+        reuse_stages(folder, tmp_path, Recipe())
 
 
 def test_training_runs_what_was_asked_for(capsys, monkeypatch, tmp_path):
@@ -68,6 +112,7 @@ def test_evaluation_prints_and_writes(capsys, small_checkpoint, tmp_path):
         (["train", "mini", "--scale", "many"], "many"),
         (["train", "mini", "--ablate", "everything"], "'everything'"),
         (["train", "mini", "--device", "abacus"], "'abacus'"),
+        (["train", "mini", "--reuse", "no-such-run"], "no-such-run"),
         (["evaluate", "--limit", "0"], "0 is not at least 1"),
         (["evaluate", "--language", "fr"], "'fr'"),
         (["evaluate", "--model", "no-such-folder"], "no-such-folder"),
