@@ -103,6 +103,16 @@ def choose_claim(scene: Scene, rng: np.random.Generator, dense: bool = False) ->
     return Claim(things, relations, background)
 
 
+def shuffled(claim: Claim, rng: np.random.Generator) -> Claim:
+    """The same claim with its things in another order."""
+    order = sorted(range(len(claim.things)), key=[rng.random() for _ in claim.things].__getitem__)
+    relations = tuple(
+        replace(relation, subject=order.index(relation.subject), other=order.index(relation.other))
+        for relation in claim.relations
+    )
+    return replace(claim, things=tuple(claim.things[i] for i in order), relations=relations)
+
+
 def _groups(scene: Scene) -> list[list[Thing]]:
     """The things of a scene, those alike together."""
     groups: dict[tuple[str, ...], list[Thing]] = {}

@@ -1,7 +1,8 @@
 """Stage two of training: the text encoder as a causal language model of captions (GLM, Du et al. 2022).
 
-Each text says the same twice, in other words or in the other language. Whatever the first caption says, the second can
-be foretold from it, so that it pays to know which colour belonged to which shape; captions alone do not ask for that.
+Each text says the same twice: in other words, in another order, perhaps in the other language. Whatever the first
+caption says, the second can be foretold from it, so that it pays to know which colour belonged to which shape; captions
+alone do not ask for that.
 """
 
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from ..config import GLMConfig
 from ..models.glm import GLMEncoder, RMSNorm
 from ..tokenizer import Tokenizer
 from .captions import LANGUAGES, word
+from .claims import shuffled
 from .data import example
 from .scenes import generator, pick
 
@@ -65,7 +67,7 @@ def caption_batches(tokenizer: Tokenizer, seed: int) -> Callable[[range], tuple[
 
     def text(number: int) -> list[int]:
         shown, rng = example(seed, number), generator(seed + 4, number)
-        again = word(shown.claim, rng, pick(rng, LANGUAGES))
+        again = word(shuffled(shown.claim, rng), rng, pick(rng, LANGUAGES))
         return [*tokenizer.encode(shown.caption)[prefix:], end, *tokenizer.encode(again)[prefix:], end]
 
     def batch(numbers: range) -> tuple[Tensor, Tensor]:

@@ -102,7 +102,7 @@ class Recipe:
 
     seed: int = 0
     tokenizer_captions: int = 20000
-    glm: Stage = Stage("glm", 3000, 32, 2e-3, 1e-5)
+    glm: Stage = Stage("glm", 2500, 32, 3e-3, 1e-5)
     vae: Stage = Stage("vae", 5500, 24, 2e-3, 2e-4)
     vae_whole: Stage = Stage("vae-whole", 1000, 4, 2e-4, 1e-6)
     unet: Stage = Stage("unet", 7000, 32, 1e-3, 2e-4)
