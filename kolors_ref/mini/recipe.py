@@ -105,8 +105,8 @@ class Recipe:
     glm: Stage = Stage("glm", 2500, 32, 3e-3, 1e-5)
     vae: Stage = Stage("vae", 5500, 24, 2e-3, 2e-4)
     vae_whole: Stage = Stage("vae-whole", 1000, 4, 2e-4, 1e-6)
-    unet: Stage = Stage("unet", 7000, 32, 1e-3, 2e-4)
-    unet_tuning: Stage = Stage("unet-tuning", 1500, 32, 2e-4, 1e-6)
+    unet: Stage = Stage("unet", 6500, 32, 1e-3, 2e-4)
+    unet_tuning: Stage = Stage("unet-tuning", 1300, 32, 2e-4, 1e-6)
     scenes: int = 49152
     clean_scenes: int = 12288
     schedule: ScheduleConfig = SCHEDULE
