@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from .processes import Processes
 from .recipe import Stage
-from .training_state import TrainingState, load_state, save_state
+from .training_state import TrainingState, load_state, save_state, written
 
 Batch = tuple[Tensor, ...]
 CLIP = 1.0
@@ -48,15 +48,20 @@ def train(
         The module with the moving average of its weights.
 
     Raises:
-        ValueError: the checkpoint is damaged or of another run, or the loss is no longer a number.
+        ValueError: the checkpoint is damaged or of another run, the batch cannot be shared evenly by the processes, or
+            the loss or its gradient is no longer a number.
         OSError: a checkpoint cannot be written.
     """
+    check_shares(stage, here)
     average = AveragedModel(module, avg_fn=lambda old, new, count: old.lerp(new, 1 - ema_decay(stage, count)))
-    optimizer = torch.optim.AdamW(module.parameters(), betas=(0.9, 0.99), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(module.parameters(), betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     settings = json.dumps(asdict(stage))
     state = load_state(folder, stage.name, settings, previous)
     if state is not None:
-        restore(state, module, average, optimizer)
+        try:
+            restore(state, module, average, optimizer)
+        except RuntimeError as error:
+            raise ValueError(f"{folder} holds a {stage.name} of other sizes; train in another folder") from error
     first = 0 if state is None else state.step
     model = DistributedDataParallel(module) if here.count > 1 else module
     curve = Curve(folder / f"{stage.name}.jsonl", first) if here.first else None
@@ -68,7 +73,7 @@ def train(
             with torch.autocast(here.device.type, torch.bfloat16):
                 loss = model(*(tensor.to(here.device) for tensor in batch))
             loss.backward()
-            clip_grad_norm_(module.parameters(), CLIP)
+            check_finite(stage, step, loss, clip_grad_norm_(module.parameters(), CLIP))
             optimizer.step()
             optimizer.zero_grad()
             average.update_parameters(module)
@@ -80,6 +85,27 @@ def train(
                     save_state(folder, stage.name, snapshot(step + 1, settings, module, average, optimizer))
                 here.wait()
     return average.module
+
+
+def check_shares(stage: Stage, here: Processes) -> None:
+    """ValueError unless every process has the same share of a batch: the gradient is the plain mean over processes."""
+    if stage.batch_size % here.count:
+        raise ValueError(
+            f"the {stage.batch_size} examples of a batch of {stage.name} cannot be shared evenly by {here.count} "
+            "processes; start a number of processes that divides them"
+        )
+
+
+def check_finite(stage: Stage, step: int, loss: Tensor, norm: Tensor) -> None:
+    """ValueError if the loss or the norm of its gradient is not a number, before the weights take harm.
+
+    The gradient is the mean over all processes, so one that has gone astray stops all of them.
+    """
+    if not (loss.isfinite() and norm.isfinite()):
+        raise ValueError(
+            f"the loss of {stage.name} is {loss.item():g} and its gradient {norm.item():g} at step {step}; "
+            "a lower learning rate may help"
+        )
 
 
 def ema_decay(stage: Stage, count: Tensor) -> Tensor:
@@ -120,14 +146,21 @@ class Curve:
 
     def __init__(self, path: Path, first: int) -> None:
         lines = path.read_text(encoding="utf8").splitlines() if first and path.is_file() else []
-        kept = [line for line in lines if json.loads(line)["step"] <= first]
-        path.write_text("".join(f"{line}\n" for line in kept), encoding="utf8")
+        kept = [line for line in lines if self.step_of(line) <= first]
+        with written(path) as beside:
+            beside.write_text("".join(f"{line}\n" for line in kept), encoding="utf8")
         self.path, self.losses, self.began = path, [], time.perf_counter()
 
+    @staticmethod
+    def step_of(line: str) -> float:
+        """The step of a line; infinity for one that a full disk cut short."""
+        try:
+            return json.loads(line)["step"]
+        except ValueError:
+            return float("inf")
+
     def add(self, step: int, loss: float, bar: tqdm) -> None:
-        """Notes the loss of a step; ValueError if it is not a number."""
-        if loss != loss or loss in (float("inf"), float("-inf")):
-            raise ValueError(f"the loss of {self.path.stem} is {loss} at step {step}; a lower learning rate may help")
+        """Notes the loss of a step."""
         self.losses.append(loss)
         if (step + 1) % self.EVERY == 0:
             now = time.perf_counter()

@@ -36,15 +36,20 @@ def processes(device: str | None = None) -> Iterator[Processes]:
         device: "cpu" or "cuda"; a GPU where there is one if None.
 
     Raises:
-        ValueError: the device does not exist here.
+        ValueError: the device does not exist here, or there are fewer GPUs than processes.
     """
     kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if kind not in ("cpu", "cuda"):
         raise ValueError(f"the device to train on is {device!r}; it must be 'cpu' or 'cuda'")
     if kind == "cuda" and not torch.cuda.is_available():
         raise ValueError("the device 'cuda' cannot be used here; 'cpu' always can")
-    count = int(os.environ.get("WORLD_SIZE", "1"))
-    place = torch.device(kind, int(os.environ.get("LOCAL_RANK", "0"))) if kind == "cuda" else torch.device("cpu")
+    count, local = (int(os.environ.get(name, default)) for name, default in (("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")))
+    place = torch.device("cpu")
+    if kind == "cuda":
+        if local >= torch.cuda.device_count():
+            raise ValueError(f"there are {torch.cuda.device_count()} GPUs here; start one process for each at most")
+        place = torch.device("cuda", local)
+        torch.cuda.set_device(place)  # NCCL meets on the current device, or all processes would meet on the first
     if count == 1:
         yield Processes(0, 1, place)
         return

@@ -1,7 +1,6 @@
 """Training the miniature Kolors from nothing: every stage in turn, each from where it stopped, then the checkpoint."""
 
 import json
-import os
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -9,12 +8,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from weights_conversion.files import write_json, write_safetensors
+from weights_conversion.files import read_json, write_json, write_safetensors
 
 from ..config import VAEConfig
 from ..models.glm import GLMEncoder
 from ..models.vae import VAE
-from ..picture_file import partial
 from ..sampling import NoiseSchedule
 from ..tokenizer import Tokenizer
 from . import recipe as sizes
@@ -25,7 +23,7 @@ from .loop import train
 from .processes import Processes
 from .recipe import Recipe, Stage
 from .tokenizer_training import train_tokenizer
-from .training_state import read_tensors, write_tensors
+from .training_state import read_result, write_tensors, written
 
 CLEAN_SEED = 1
 """Added to the recipe's seed for the pictures of quality tuning."""
@@ -71,18 +69,18 @@ class Run:
         """Notes the recipe in a new folder; raises ValueError if the folder holds a run of another."""
         path, ours = self.folder / "recipe.json", json.loads(json.dumps(asdict(self.recipe)))
         if not path.is_file() and self.here.first:
-            write_json(partial(path), ours)
-            os.replace(partial(path), path)
+            with written(path) as beside:
+                write_json(beside, ours)
         self.here.wait()
-        if json.loads(path.read_text(encoding="utf8")) != ours:
+        if read_json(path) != ours:
             raise ValueError(f"{self.folder} holds a run of another recipe; give another folder with --folder")
 
     def tokenizer(self) -> Tokenizer:
         """The SentencePiece model."""
         path = self.folder / "tokenizer.model"
         if not path.is_file() and self.here.first:
-            train_tokenizer(partial(path), self.recipe)
-            os.replace(partial(path), path)
+            with written(path) as beside:
+                train_tokenizer(beside, self.recipe)
         self.here.wait()
         return Tokenizer(path)
 
@@ -101,10 +99,11 @@ class Run:
         loss = self.stage(self.recipe.vae_whole, loss, picture_batches(seed, sizes.VAE))
         path = self.folder / "vae-scale.json"
         if not path.is_file() and self.here.first:
-            write_json(partial(path), {"scaling_factor": round(measured_scale(loss.vae, seed, self.here.device), 5)})
-            os.replace(partial(path), path)
+            scale = round(measured_scale(loss.vae, seed, self.here.device), 5)
+            with written(path) as beside:
+                write_json(beside, {"scaling_factor": scale})
         self.here.wait()
-        return with_config(loss.vae, replace(sizes.VAE, **json.loads(path.read_text(encoding="utf8"))))
+        return with_config(loss.vae, replace(sizes.VAE, scaling_factor=read_json(path)["scaling_factor"]))
 
     def denoiser(self, text_encoder: GLMEncoder, vae: VAE) -> nn.Module:
         """The UNet: concept learning on the broad mix, then quality tuning on the clean subset."""
@@ -142,7 +141,10 @@ class Run:
             if self.here.first:
                 write_tensors(path, module.state_dict())
             self.here.wait()
-        module.load_state_dict(read_tensors(path)[0])
+        try:
+            module.load_state_dict(read_result(path))
+        except RuntimeError as error:
+            raise ValueError(f"{path} is of other sizes; train in another folder") from error
         return module.to(self.here.device).eval().requires_grad_(False)
 
     def weights(self, stage: Stage) -> Path:
@@ -173,11 +175,10 @@ def export(
         "vae": vae.state_dict(),
     }
     for name, state in tensors.items():
-        path = folder / f"{name}.safetensors"
-        write_safetensors(partial(path), {key: tensor.cpu() for key, tensor in state.items()}, torch.float16)
-        os.replace(partial(path), path)
-    partial(folder / tokenizer.name).write_bytes(tokenizer.read_bytes())
-    os.replace(partial(folder / tokenizer.name), folder / tokenizer.name)
+        with written(folder / f"{name}.safetensors") as beside:
+            write_safetensors(beside, {key: tensor.cpu() for key, tensor in state.items()}, torch.float16)
+    with written(folder / tokenizer.name) as beside:
+        beside.write_bytes(tokenizer.read_bytes())
     configs = {"text_encoder": language_model.encoder.config, "unet": unet.config, "vae": vae.config}
     index = {
         "format": "kolors-ref",
@@ -186,6 +187,5 @@ def export(
         "scheduler": recipe.scheduler_config(),
         "pipeline": {"force_zeros_for_empty_prompt": False},
     }
-    path = folder / "kolors-ref.json"
-    write_json(partial(path), index)
-    os.replace(partial(path), path)
+    with written(folder / "kolors-ref.json") as beside:
+        write_json(beside, index)

@@ -4,6 +4,8 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,24 +29,30 @@ class TrainingState:
     tensors: dict[str, Tensor]
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor], facts: dict[str, str] | None = None) -> None:
-    """Writes a .safetensors file with a digest of its tensors: beside the final name first, then renamed.
+@contextmanager
+def written(path: Path) -> Iterator[Path]:
+    """Gives a name to write a file under, and renames the file to `path` when it is whole and on the disk.
 
     Raises OSError, with nothing left behind, if the disk is full or the folder is gone.
     """
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    data = save(tensors, {**(facts or {}), "sha256": digest(tensors)})
     beside = partial(path)
     try:
-        with beside.open("wb") as file:
-            file.write(data)
-            file.flush()
+        yield beside
+        with beside.open("r+b") as file:
             os.fsync(file.fileno())
         os.replace(beside, path)
     except OSError as error:
         raise OSError(f"{path} cannot be written: {error.strerror or error}") from error
     finally:
         beside.unlink(missing_ok=True)
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], facts: dict[str, str] | None = None) -> None:
+    """Writes a .safetensors file with a digest of its tensors; OSError as with `written`."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    data = save(tensors, {**(facts or {}), "sha256": digest(tensors)})
+    with written(path) as beside:
+        beside.write_bytes(data)
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -63,6 +71,14 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if facts.pop("sha256", None) != digest(tensors):
         raise ValueError(f"{path} is damaged: its content is not what was written")
     return tensors, facts
+
+
+def read_result(path: Path) -> dict[str, Tensor]:
+    """Reads the tensors that a finished piece of the work gave; raises what `read_tensors` does."""
+    try:
+        return read_tensors(path)[0]
+    except ValueError as error:
+        raise ValueError(f"{error}; remove it, and the next run makes it again") from error
 
 
 def digest(tensors: dict[str, Tensor]) -> str:
@@ -98,10 +114,15 @@ def load_state(folder: Path, stage: str, settings: str, previous: bool = False) 
         files = files[:-1]
     if not files:
         return None
+    path = files[-1]
+    step = int(path.stem.removeprefix(f"{stage}-"))
     try:
-        tensors, facts = read_tensors(files[-1])
+        tensors, facts = read_tensors(path)
+        if facts.get("step") != str(step):  # the digest is of the tensors alone
+            raise ValueError(f"{path} is damaged: it is not of step {step}")
     except ValueError as error:
-        raise ValueError(f"{error}; --previous goes back to the checkpoint before it") from error
+        advice = "remove it to go on without it" if previous else "--previous goes back to the checkpoint before it"
+        raise ValueError(f"{error}; {advice}") from error
     if facts.get("settings") != settings:
-        raise ValueError(f"{files[-1]} was made with other settings; train in another folder, or with the same")
-    return TrainingState(int(facts["step"]), settings, tensors)
+        raise ValueError(f"{path} was made with other settings; train in another folder, or with the same")
+    return TrainingState(step, settings, tensors)

@@ -1,0 +1,332 @@
+"""Whole trainings of a tiny miniature, from nothing to a checkpoint that draws: interrupted, killed, and shared by two.
+
+Run by torchrun, this file trains in several processes in a folder; it can be told to kill the first of them.
+"""
+
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from test_train_stages import GLM, UNET, VAE
+from torch import nn
+
+from kolors_ref import KolorsPipeline
+from kolors_ref.mini import denoiser, loop, recipe, train
+from kolors_ref.mini.autoencoder import CROP, AutoencoderLoss, picture_batches, whole_pictures
+from kolors_ref.mini.processes import Processes, processes
+from kolors_ref.mini.recipe import Recipe, Stage
+from kolors_ref.mini.training_state import read_tensors, write_tensors
+
+HERE = Processes(0, 1, torch.device("cpu"))
+LEARNING = Recipe(
+    tokenizer_captions=1500,
+    glm=Stage("glm", 25, 8, 1e-2, 1e-3, warmup=5),
+    vae=Stage("vae", 30, 4, 1e-2, 3e-3, warmup=2),
+    vae_whole=Stage("vae-whole", 10, 4, 3e-3, 1e-4, warmup=2),
+    unet=Stage("unet", 20, 4, 2e-3, 1e-3, warmup=5),
+    unet_tuning=Stage("unet-tuning", 15, 4, 2e-3, 1e-4, warmup=5),
+    scenes=64,
+    clean_scenes=32,
+)
+"""Long enough that every loss falls."""
+SHORT = Recipe(
+    tokenizer_captions=500,
+    glm=Stage("glm", 6, 4, 1e-2, 1e-3, warmup=2, save_every=2),
+    vae=Stage("vae", 4, 2, 1e-2, 1e-3, warmup=2, save_every=2),
+    vae_whole=Stage("vae-whole", 2, 2, 1e-2, 1e-3, warmup=2, save_every=1),
+    unet=Stage("unet", 5, 2, 1e-2, 1e-3, warmup=2, save_every=2),
+    unet_tuning=Stage("unet-tuning", 4, 2, 1e-2, 1e-3, warmup=2, save_every=2),
+    scenes=64,
+    clean_scenes=32,
+)
+"""Long enough to be interrupted anywhere."""
+SUM = Stage("sum", 8, 4, 1e-2, 1e-3, warmup=2, ema_decay=0.5, save_every=4)
+
+
+@contextmanager
+def tiny_networks():
+    """Makes the miniature still smaller, its curves finer and its files of latents shorter."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, config in (("GLM", GLM), ("VAE", VAE), ("UNET", UNET)):
+            patch.setattr(recipe, name, config)
+        patch.setattr(loop.Curve, "EVERY", 5)
+        patch.setattr(denoiser, "SHARD", 16)
+        patch.setattr(train, "measured_scale", partial(train.measured_scale, count=32))
+        yield
+
+
+class Sum(nn.Module):
+    """A regression without products of matrices, which would be rounded to bf16: its gradients are exact in fp32."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.offset = nn.Parameter(torch.linspace(-1, 1, 5)), nn.Parameter(torch.zeros(()))
+
+    def forward(self, x):
+        return (torch.tanh((x * self.weight).sum(1) + self.offset) - x[:, 0] * x[:, 1] - 1).square().mean()
+
+
+def batch(numbers):
+    return (torch.stack([torch.randn(5, generator=torch.Generator().manual_seed(number)) for number in numbers]),)
+
+
+def main(folder, kill):
+    """Trains in two processes; with `kill`, the first of them ends itself amidst the UNet's stage."""
+
+    def killed_batches(*arguments):
+        make, calls = denoiser.denoising_batches(*arguments), itertools.count()
+
+        def batch_or_death(numbers):
+            if next(calls) == 3 and os.environ["RANK"] == "0":
+                os.kill(os.getpid(), signal.SIGKILL)
+            return make(numbers)
+
+        return batch_or_death
+
+    with tiny_networks(), processes("cpu") as here:
+        if kill:
+            train.denoising_batches = killed_batches
+        train.train_mini(folder / "interrupted", SHORT, here)
+        train.train_mini(folder / "whole", SHORT, here)
+        own = folder / f"rank{here.rank}"  # so that it shows who writes
+        own.mkdir()
+        result = loop.train(SUM, Sum(), batch, own, here)
+        write_tensors(folder / f"result{here.rank}.safetensors", result.state_dict())
+
+
+def run_two(folder, kill):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    ended = subprocess.run(
+        [*command, __file__, str(folder), str(int(kill))], env=environment, timeout=400, capture_output=True, text=True
+    )
+    return ended.returncode, ended.stderr
+
+
+def numbers_in(folder):
+    """What every file of a run holds, with numbers as bytes; of curves, the steps."""
+    found = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        if path.suffix == ".jsonl":
+            found[path.name] = [json.loads(line)["step"] for line in path.read_text().splitlines()]
+        elif path.suffix == ".safetensors" and path.parent == folder:
+            tensors, facts = read_tensors(path)
+            found[path.name] = ({name: tensor.numpy().tobytes() for name, tensor in tensors.items()}, facts)
+        else:
+            found[str(path.relative_to(folder))] = path.read_bytes()
+    return found
+
+
+@pytest.fixture(scope="module", autouse=True)
+def tiny():
+    with tiny_networks():
+        yield
+
+
+@pytest.fixture(scope="module")
+def learnt(tmp_path_factory):
+    """The folder of a training that learns something."""
+    folder = tmp_path_factory.mktemp("learnt")
+    assert train.train_mini(folder, LEARNING, HERE) == folder / "model"
+    return folder
+
+
+@pytest.fixture(scope="module")
+def short(tmp_path_factory):
+    """The folder of a short training that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("short")
+    train.train_mini(folder, SHORT, HERE)
+    return folder
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# In one process
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stage", ["glm", "vae", "unet"])
+def test_the_curve_of_a_stage_falls(learnt, stage):
+    losses = [json.loads(line)["loss"] for line in (learnt / f"{stage}.jsonl").read_text().splitlines()]
+    assert len(losses) == getattr(LEARNING, stage).steps // 5
+    assert losses[-1] < 0.9 * losses[0]
+
+
+@torch.no_grad()
+def loss_of(folder, stage, module, examples):
+    module.load_state_dict(read_tensors(folder / f"{stage}.safetensors")[0])
+    return module.eval()(*examples).item()
+
+
+def test_the_second_stage_of_the_autoencoder_goes_further(learnt):
+    fresh = picture_batches(0, VAE)(range(90_000, 90_024))
+    module = AutoencoderLoss(VAE)
+    assert loss_of(learnt, "vae-whole", module, fresh) < loss_of(learnt, "vae", module, fresh)
+    crops = picture_batches(0, VAE, CROP)(range(90_000, 90_024))
+    with torch.no_grad():
+        assert loss_of(learnt, "vae", module, crops) < 0.8 * AutoencoderLoss(VAE)(*crops).item()
+
+
+def test_quality_tuning_goes_further_on_clean_pictures(learnt):
+    done = train.Run(learnt, LEARNING, HERE, False)
+    encoder = done.language_model().encoder
+    cached = denoiser.cache_latents(nn.Module(), learnt, "latents-clean", 1, 32, True, HERE)
+    batches = denoiser.denoising_batches(cached, 1, True, 0.5, 1100, done.tokenizer(), encoder)
+    module = denoiser.DenoisingLoss(UNET, train.NoiseSchedule(LEARNING.schedule))
+    fresh = batches(range(90_000, 90_064))
+    assert loss_of(learnt, "unet-tuning", module, fresh) < loss_of(learnt, "unet", module, fresh)
+
+
+@pytest.mark.parametrize("prompt", ["一个红色的圆形在蓝色方块的左边", "a red circle to the left of a blue square"])
+def test_the_checkpoint_draws(learnt, prompt):
+    pipe = KolorsPipeline.from_pretrained(learnt / "model")
+    images = pipe(prompt, num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type="pt")
+    other = pipe("", num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type="pt")
+    assert images.shape == (1, 3, 128, 128)
+    assert not torch.equal(images, other)
+    assert pipe.unet.config == UNET
+    assert pipe.schedule.config.num_train_timesteps == LEARNING.schedule.num_train_timesteps
+
+
+def test_latents_have_unit_scale_in_the_checkpoint(learnt):
+    vae = KolorsPipeline.from_pretrained(learnt / "model", dtype=torch.float32).vae
+    assert vae.config == replace(VAE, scaling_factor=vae.config.scaling_factor)
+    (pictures,) = whole_pictures(0, 32)
+    with torch.no_grad():
+        assert vae.encode(pictures).mean.std().item() == pytest.approx(1, abs=0.01)
+
+
+def test_what_is_done_is_not_done_again(short, monkeypatch):
+    before = numbers_in(short)
+    for owner, name in ((train, "train"), (train, "train_tokenizer"), (train, "measured_scale"), (denoiser, "encode")):
+        monkeypatch.setattr(owner, name, None)
+    train.train_mini(short, SHORT, HERE)
+    assert numbers_in(short) == before
+
+
+def interrupted(function, count):
+    """The same function, but interrupted from the keyboard the next time after `count` calls."""
+    calls = itertools.count()
+
+    def called(*arguments, **options):
+        if next(calls) == count:
+            raise KeyboardInterrupt
+        return function(*arguments, **options)
+
+    return called
+
+
+def test_a_training_interrupted_everywhere_gives_the_same_files(short, tmp_path):
+    """Between stages, inside each of them, and while files are made; each time it goes on from the last checkpoint."""
+    for owner, name, count in (
+        (train, "train_tokenizer", 0),
+        (loop, "clip_grad_norm_", 3),  # step 3 of glm: the next begins at 2
+        (loop, "clip_grad_norm_", 4 + 3),  # step 3 of vae
+        (loop, "clip_grad_norm_", 2 + 1),  # step 1 of vae-whole
+        (train, "measured_scale", 0),
+        (denoiser, "write_tensors", 2),  # the third file of latents
+        (loop, "clip_grad_norm_", 4),  # step 4 of unet
+        (loop, "clip_grad_norm_", 1 + 1),  # step 1 of unet-tuning, which has no checkpoint yet
+        (train, "write_safetensors", 1),
+        (train, "write_json", 0),
+    ):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(owner, name, interrupted(getattr(owner, name), count))
+            with pytest.raises(KeyboardInterrupt):
+                train.train_mini(tmp_path, SHORT, HERE)
+    train.train_mini(tmp_path, SHORT, HERE)
+    assert numbers_in(tmp_path) == numbers_in(short)
+
+
+def test_a_full_disk_leaves_nothing_half_written(short, monkeypatch):
+    def full(path, *arguments):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    before = numbers_in(short)
+    monkeypatch.setattr(train, "write_safetensors", full)
+    with pytest.raises(OSError, match=r"text_encoder\.safetensors cannot be written: No space left on device$"):
+        train.train_mini(short, SHORT, HERE)
+    assert numbers_in(short) == before
+
+
+def test_a_folder_of_another_recipe_is_refused(short):
+    with pytest.raises(ValueError, match="holds a run of another recipe; give another folder"):
+        train.train_mini(short, replace(SHORT, seed=1), HERE)
+
+
+def test_a_folder_of_other_networks_is_refused(short, monkeypatch):
+    monkeypatch.setattr(recipe, "GLM", replace(GLM, num_layers=3))
+    with pytest.raises(ValueError, match=r"glm\.safetensors is of other sizes; train in another folder$"):
+        train.train_mini(short, SHORT, HERE)
+
+
+@pytest.mark.parametrize("name", ["recipe.json", "vae.safetensors", "vae-scale.json"])
+def test_a_damaged_file_is_named(short, name):
+    path = short / name
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-20])
+    try:
+        with pytest.raises(ValueError, match=rf"{name} is (damaged|not JSON): [^\n]*$"):
+            train.train_mini(short, SHORT, HERE)
+    finally:
+        path.write_bytes(whole)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# In two processes
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    """The folder of a training in two processes which was killed and went on, and of one which was not."""
+    folder = tmp_path_factory.mktemp("shared")
+    status, errors = run_two(folder, kill=True)
+    assert status != 0, errors
+    assert (folder / "interrupted" / "unet-00000002.safetensors").is_file(), errors
+    assert not (folder / "interrupted" / "unet.safetensors").exists()
+    status, errors = run_two(folder, kill=False)
+    assert status == 0, errors
+    return folder
+
+
+def test_two_killed_processes_go_on_bit_for_bit(shared):
+    assert numbers_in(shared / "interrupted") == numbers_in(shared / "whole")
+
+
+def test_two_processes_make_the_same_files_as_one(shared, short):
+    ours, theirs = numbers_in(shared / "whole"), numbers_in(short)
+    assert ours.keys() == theirs.keys()
+    for name in ("recipe.json", "tokenizer.model", "model/tokenizer.model"):
+        assert ours[name] == theirs[name]
+
+
+def test_two_processes_learn_what_one_does(shared, tmp_path):
+    one = loop.train(SUM, Sum(), batch, tmp_path, HERE).state_dict()
+    first, second = (read_tensors(shared / f"result{rank}.safetensors")[0] for rank in range(2))
+    start = Sum().state_dict()
+    for name, tensor in one.items():
+        assert torch.equal(first[name], second[name])
+        torch.testing.assert_close(first[name], tensor, rtol=1e-5, atol=1e-6)
+        assert (tensor - start[name]).abs().max() > 1e-2
+    ours, theirs = (read_tensors(folder / "sum-00000004.safetensors")[0] for folder in (shared / "rank0", tmp_path))
+    for name, tensor in theirs.items():
+        torch.testing.assert_close(ours[name], tensor, rtol=1e-4, atol=1e-6)
+
+
+def test_only_the_first_process_writes(shared):
+    assert sorted(path.name for path in (shared / "rank0").iterdir()) == ["sum-00000004.safetensors", "sum.jsonl"]
+    assert list((shared / "rank1").iterdir()) == []
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2] == "1")
