@@ -1,10 +1,11 @@
-"""A checkpoint of random numbers in diffusers' layout, at any size: at Kolors' own about 18 GB in bfloat16."""
+"""Random weights in diffusers' layout, small or of Kolors' own sizes: 18 GB in bfloat16, an IP-Adapter 1.6 GB more."""
 
 import hashlib
 import math
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
@@ -12,14 +13,19 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.pipelines.kolors.text_encoder import ChatGLMConfig, ChatGLMModel
+from transformers import CLIPVisionConfig as OfficialCLIPConfig
+from transformers import CLIPVisionModelWithProjection
 
-from kolors_ref.config import GLMConfig, UNetConfig, VAEConfig
+from kolors_ref.config import CLIPVisionConfig, GLMConfig, IPAdapterConfig, UNetConfig, VAEConfig
+from kolors_ref.ip_adapter_file import count_cross_attentions, cross_attention_channels
+from kolors_ref.models.ip_adapter import IPAdapter
 from weights_conversion import open_checkpoint
 from weights_conversion.files import write_json, write_safetensors
 from weights_conversion.keymaps import KEYMAPS
+from weights_conversion.keymaps import ip_adapter as adapter_names
 
 FULL = {"text_encoder": GLMConfig(), "unet": UNetConfig(), "vae": VAEConfig()}
-TINY = {
+SMALL = {
     "text_encoder": GLMConfig(hidden_size=32, ffn_hidden_size=48, num_layers=3, num_heads=4, head_dim=8),
     "unet": UNetConfig(
         channels=(32, 64, 64),
@@ -34,6 +40,23 @@ TINY = {
     ),
     "vae": VAEConfig(channels=(8, 16, 16, 24), layers_per_block=1, norm_groups=4),
 }
+SIZES = {"small": SMALL, "full": FULL}
+ADAPTERS = {
+    "small": (
+        IPAdapterConfig(
+            40,
+            width=32,
+            heads=2,
+            num_queries=4,
+            ffn=128,
+            output_dim=48,
+            channels=cross_attention_channels(SMALL["unet"]),
+        ),
+        CLIPVisionConfig(width=40, layers=3, heads=4, mlp=48, image_size=32, patch_size=8, projection_dim=8),
+    ),
+    "full": (IPAdapterConfig(), CLIPVisionConfig()),
+}
+"""The sizes of an IP-Adapter and of the image encoder that it sees through."""
 
 SCHEDULER = {
     "_class_name": "EulerDiscreteScheduler",
@@ -67,7 +90,7 @@ MODEL_INDEX = {
     "vae": ["diffusers", "AutoencoderKL"],
 }
 
-STEMS = {"text_encoder": "model", "unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"}
+STEMS = {"text_encoder": "model", "image_encoder": "model"} | dict.fromkeys(("unet", "vae"), "diffusion_pytorch_model")
 SHARD_BYTES = 5 * 10**9
 BANK_SIZE = 2**24 - 3  # a prime: no two rows of a matrix begin at the same place of the bank
 
@@ -149,31 +172,68 @@ def official_tensors(official: dict[str, dict]) -> dict[str, RandomTensors]:
     }
 
 
-def write_checkpoint(folder: Path, tokenizer: Path, tiny: bool) -> None:
-    """Writes the checkpoint, or checks that the one in the folder is of these sizes: a real one serves as well.
+def clip_config(config: CLIPVisionConfig) -> OfficialCLIPConfig:
+    """The official config of an image encoder."""
+    return OfficialCLIPConfig(
+        hidden_size=config.width,
+        intermediate_size=config.mlp,
+        num_hidden_layers=config.layers,
+        num_attention_heads=config.heads,
+        image_size=config.image_size,
+        patch_size=config.patch_size,
+        projection_dim=config.projection_dim,
+    )
+
+
+def adapter_tensors(config: IPAdapterConfig, unet: UNetConfig) -> RandomTensors:
+    """The tensors of an IP-Adapter's official file; its projections are numbered 1, 3, 5 ... in an order of its own."""
+    with torch.device("meta"):
+        state = IPAdapter(config).state_dict()
+    numbers = {place: 2 * n + 1 for n, place in enumerate(adapter_names.file_order(*count_cross_attentions(unet)))}
+    shapes = {}
+    for name, tensor in state.items():
+        part, index, *rest = name.split(".")
+        if part.startswith("to_"):
+            shapes[f"ip_adapter.{numbers[int(index)]}.{part}_ip.{rest[0]}"] = tensor.shape
+        else:
+            shapes[adapter_names.TABLE.to_official(name)] = tensor.shape
+    return RandomTensors("ip_adapter", shapes)
+
+
+@contextmanager
+def appearing_whole(folder: Path, num_bytes: int) -> Iterator[Path]:
+    """Gives a folder to fill, which takes its final name when it is complete. Raises OSError where space is short."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    needed, free = num_bytes + 2**24, shutil.disk_usage(folder.parent).free
+    if free < needed:
+        raise OSError(f"{folder.parent} has {free / 1e9:.1f} GB free, and {folder.name} needs {needed / 1e9:.1f} GB.")
+    partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
+    try:
+        partial.mkdir()
+        yield partial
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def write_checkpoint(folder: Path, tokenizer: Path, size: str) -> None:
+    """Writes the checkpoint, or checks that the one in the folder is of this size: a real one serves as well.
 
     Raises FileNotFoundError without a tokenizer, ValueError for another folder in the way, OSError for a full disk.
     """
-    configs = TINY if tiny else FULL
+    configs = SIZES[size]
     if folder.exists():
         found = open_checkpoint(folder).networks
         if any(name not in found or found[name].config != asdict(config) for name, config in configs.items()):
             raise ValueError(f"{folder} holds a checkpoint of other sizes; choose another folder.")
-        print(f"using the checkpoint in {folder}", flush=True)
         return
     if not tokenizer.is_file():
         raise FileNotFoundError(f"there is no {tokenizer}; name Kolors' tokenizer.model with --tokenizer.")
-    folder.parent.mkdir(parents=True, exist_ok=True)
     official = official_configs(configs)
     tensors = official_tensors(official)
-    needed = sum(network.num_bytes() for network in tensors.values()) + 2**24
-    free = shutil.disk_usage(folder.parent).free
-    if free < needed:
-        raise OSError(f"{folder.parent} has {free / 1e9:.1f} GB free, and the checkpoint needs {needed / 1e9:.1f} GB.")
-    partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
-    try:
+    with appearing_whole(folder, sum(network.num_bytes() for network in tensors.values())) as partial:
         for name, network in tensors.items():
-            (partial / name).mkdir(parents=True)
+            (partial / name).mkdir()
             write_json(partial / name / "config.json", official[name])
             write_network(partial / name, network)
         (partial / "scheduler").mkdir()
@@ -182,9 +242,27 @@ def write_checkpoint(folder: Path, tokenizer: Path, tiny: bool) -> None:
         write_json(partial / "tokenizer" / "tokenizer_config.json", {"tokenizer_class": "ChatGLMTokenizer"})
         shutil.copyfile(tokenizer, partial / "tokenizer" / "tokenizer.model")
         write_json(partial / "model_index.json", MODEL_INDEX)
-        partial.rename(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+
+
+def write_adapter(folder: Path, size: str) -> None:
+    """Writes ip_adapter.safetensors and image_encoder/ into a new folder; what is there already is left as it is.
+
+    Raises OSError for a full disk.
+    """
+    if folder.exists():
+        return
+    adapter, clip = ADAPTERS[size]
+    tensors = adapter_tensors(adapter, SIZES[size]["unet"])
+    official = clip_config(clip)
+    with torch.device("meta"):
+        tower = CLIPVisionModelWithProjection(official)
+    encoder = RandomTensors("image_encoder", {name: tensor.shape for name, tensor in tower.state_dict().items()})
+    with appearing_whole(folder, tensors.num_bytes() + encoder.num_bytes()) as partial:
+        (partial / "image_encoder").mkdir()
+        write_json(partial / "image_encoder" / "config.json", official.to_dict())
+        write_network(partial / "image_encoder", encoder)
+        print(f"writing ip_adapter.safetensors, {tensors.num_bytes() / 1e9:.2f} GB", flush=True)
+        write_safetensors(partial / "ip_adapter.safetensors", tensors)
 
 
 def write_network(folder: Path, tensors: RandomTensors) -> None:

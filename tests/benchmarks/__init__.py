@@ -1,0 +1,1 @@
+"""Ours beside diffusers': `python -m tests.benchmarks.compare` measures, `python -m tests.benchmarks.flops` counts."""
