@@ -41,6 +41,16 @@ def check_number(name: str, value: float, least: float = -LARGEST, most: float =
         raise ValueError(f"{name} is {value}; it must be a finite number{bounds}")
 
 
+def check_interval(name: str, value: tuple[float, float]) -> None:
+    """Raises unless value is a pair of shares, 0 <= start < end <= 1."""
+    if not isinstance(value, tuple | list) or len(value) != 2:
+        raise TypeError(f"{name} must be a pair (start, end) of numbers from 0 to 1, not {value!r}")
+    for bound in value:
+        check_number(name, bound, 0.0, 1.0)
+    if value[0] >= value[1]:
+        raise ValueError(f"{name} is {tuple(value)}; its start must be below its end")
+
+
 def check_side(name: str, value: int, multiple: int = 8) -> int:
     """Raises unless value is a possible height or width of a picture, in pixels."""
     check_count(name, value)

@@ -16,6 +16,8 @@ COMMANDS = ("generate", "train", "evaluate")
 DTYPES = ("float32", "bfloat16", "float16")
 ABLATIONS = ("bag-of-words", "short-captions", "dense-captions", "sdxl-schedule", "no-tuning")
 MODEL_HELP = "a checkpoint's folder, or the id of a hub repository (default: the embedded miniature)"
+OFFLOAD_HELP = "keep networks in the file: on the device one at a time, or block by block (default: %(default)s)"
+DECODING_HELP = "tiled needs less memory above 1024 pixels, and is approximate (default: %(default)s)"
 UNRECORDED = ("command", "output", "repeat", "help")
 """Arguments that do not change the picture, and are not read from one."""
 
@@ -102,6 +104,7 @@ def build_parsers() -> tuple[Parser, Parser]:
     add("--width", type=int, help="in pixels, a multiple of 8 (default: the model's native size)")
     add("--steps", type=int, default=25, help="denoising steps (default: %(default)s)")
     add("--guidance-scale", type=float, default=6.5, help="1 is no guidance (default: %(default)s)")
+    add("--guidance-interval", metavar="START,END", help="guide these shares of the steps only, such as 0.2,0.8")
     add("--sampler", metavar="NAME", help="such as euler or dpmpp-2m-karras (default: the checkpoint's)")
     add("--seed", type=int, help="of the noise (default: drawn, and printed)")
     add("--num-images", type=int, default=1, help="pictures of each prompt (default: %(default)s)")
@@ -117,6 +120,8 @@ def build_parsers() -> tuple[Parser, Parser]:
     add("--lora", action="append", metavar="FILE[:SCALE]", help="a LoRA and its weight (default: 1); repeatable")
     add("--dtype", choices=DTYPES, help="to compute in (default: the checkpoint's; bfloat16 for fp16 on a CPU)")
     add("--device", default="cpu", help="such as cpu or cuda (default: %(default)s)")
+    add("--offload", choices=("none", "model", "stream"), default="none", help=OFFLOAD_HELP)
+    add("--decoding", choices=("whole", "tiled"), default="whole", help=DECODING_HELP)
     add("-o", "--output", type=Path, metavar="FILE", help="a .png file (default: kolors-SEED.png)")
     add("--repeat", type=Path, metavar="FILE", help="make the picture of this file again; other options change it")
     generate.set_defaults(index=None, inputs={})
@@ -195,6 +200,7 @@ def generate(options: argparse.Namespace) -> None:
         width=options.width,
         num_inference_steps=options.steps,
         guidance_scale=options.guidance_scale,
+        guidance_interval=split_interval(options.guidance_interval),
         sampler=options.sampler,
         num_images_per_prompt=options.num_images,
         generator=torch.Generator().manual_seed(seed),
@@ -212,7 +218,8 @@ def generate(options: argparse.Namespace) -> None:
     if options.seed is None:
         print(f"seed {seed}", file=sys.stderr)
     dtype = None if options.dtype is None else getattr(torch, options.dtype)
-    pipe = KolorsPipeline.from_pretrained(options.model, dtype, options.device, options.variant, options.unet)
+    where = (options.device, options.variant, options.unet, options.offload)
+    pipe = KolorsPipeline.from_pretrained(options.model, dtype, *where)
     for adapter in options.ip_adapter or []:
         pipe.load_ip_adapter(adapter, options.image_encoder)
     for file, scale in loras:
@@ -223,13 +230,26 @@ def generate(options: argparse.Namespace) -> None:
         for step in steps:
             steps.set_postfix(sigma=f"{step.sigma:.3f}")
             latents = step.latents
-    images = pipe.decode(latents)
+    images = pipe.decode(latents, tiled=options.decoding == "tiled")
     record = {**recorded(options, pipe, seed), "inputs": inputs}
     for index in wanted:
         path = output if len(wanted) == 1 else output.with_stem(f"{output.stem}-{index}")
         save_picture(images[index], path, {**record, "index": index})
-        encoding = sys.stdout.encoding or "utf-8"
-        print(str(path).encode(encoding, "backslashreplace").decode(encoding))
+        say(path)
+
+
+def say(path: Path) -> None:
+    """Prints a file name, whatever it holds and whatever the terminal can show."""
+    encoding = sys.stdout.encoding or "utf-8"
+    print(str(path).encode(encoding, "backslashreplace").decode(encoding))
+
+
+def split_interval(interval: str | None) -> tuple[float, ...] | None:
+    """Splits START,END."""
+    try:
+        return None if interval is None else tuple(float(share) for share in interval.split(","))
+    except ValueError:
+        raise ValueError(f"--guidance-interval is {interval}; it must be two numbers, such as 0.2,0.8") from None
 
 
 def split_scale(lora: str) -> tuple[str, float]:

@@ -15,6 +15,7 @@ from .config import GLMConfig, UNetConfig, VAEConfig
 from .models.glm import GLMEncoder
 from .models.unet import UNet
 from .models.vae import VAE, memory_format
+from .offload import Carrier, let_rest, make_carrier
 from .sampling import NoiseSchedule, Sampler, read_scheduler_config
 from .tokenizer import Tokenizer
 
@@ -37,6 +38,7 @@ class Parts:
     schedule: NoiseSchedule
     sampler: Sampler
     zero_empty_negative: bool
+    offload: str
 
 
 def load_parts(
@@ -45,6 +47,7 @@ def load_parts(
     device: torch.device | str = "cpu",
     variant: str | None = None,
     unet: str | Path | None = None,
+    offload: str = "none",
 ) -> Parts:
     """Loads a checkpoint of any layout; see `KolorsPipeline.from_pretrained` for the arguments and errors."""
     checkpoint = open_checkpoint(find_folder(path, variant), variant)
@@ -58,23 +61,29 @@ def load_parts(
     if dtype is not None and dtype not in FORMATS:
         raise ValueError(f"dtype is {dtype!r}; it must be one of {', '.join(map(str, FORMATS))}")
     dtype = dtype or default_dtype(networks["unet"], device)
-    # The decoder's activations overflow in fp16, so the autoencoder is held in fp32 then.
-    vae_dtype = torch.float32 if dtype == torch.float16 else dtype
+    carrier = make_carrier(offload, device)
+    # A CPU is no faster in fp16, in which the autoencoder's activations may overflow; elsewhere see decoding.py.
+    vae_dtype = torch.float32 if dtype == torch.float16 and device.type == "cpu" else dtype
     vae = load_network(networks["vae"], vae_dtype, device)
     config, sampler = read_scheduler_config(checkpoint.scheduler)
     return Parts(
         tokenizer=tokenizer,
-        text_encoder=load_network(networks["text_encoder"], dtype, device),
-        unet=load_network(networks["unet"], dtype, device),
+        text_encoder=load_network(networks["text_encoder"], dtype, device, carrier),
+        unet=load_network(networks["unet"], dtype, device, carrier),
         vae=vae.to(memory_format=memory_format(vae.quant_conv.weight)),
         schedule=NoiseSchedule(config),
         sampler=sampler,
         zero_empty_negative=checkpoint.force_zeros_for_empty_prompt,
+        offload=offload,
     )
 
 
-def load_network(network: Network, dtype: torch.dtype, device: torch.device | str) -> nn.Module:
+def load_network(
+    network: Network, dtype: torch.dtype, device: torch.device | str, carrier: Carrier | None = None
+) -> nn.Module:
     """Builds a network and gives it its tensors, in place in the mapped file where type and device allow it.
+
+    With a carrier they stay in the file until they are used, and are looked at then.
 
     Raises:
         ValueError: a tensor has the wrong shape or format, or holds NaN or infinity, or the config fits no network.
@@ -95,9 +104,15 @@ def load_network(network: Network, dtype: torch.dtype, device: torch.device | st
                 f"the {network.name}'s tensor {name} has shape {tuple(tensor.shape)} in the file, "
                 f"but its config asks for {tuple(parameter.shape)}"
             )
-        check_numbers(tensor, f"the {network.name}'s tensor {name}")
-        state[name] = tensor.to(device=device, dtype=dtype)
-    module.load_state_dict(state, assign=True)
+        state[name] = tensor
+    check = lambda name, tensor: check_numbers(tensor, f"the {network.name}'s tensor {name}")
+    if carrier is not None:
+        let_rest(module, state, dtype, device, carrier, check)
+    else:
+        for name, tensor in state.items():
+            check(name, tensor)
+            state[name] = tensor.to(device=device, dtype=dtype)
+        module.load_state_dict(state, assign=True)
     return module.eval().requires_grad_(False)
 
 

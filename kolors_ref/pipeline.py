@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from . import lora
 from .arguments import check_finite, check_latents, check_output_type, check_side
+from .decoding import decode_tiled, without_overflow
 from .image_prompts import Adapter, encode_pictures, image_layers, load_adapter
 from .images import Pictures, from_pixels, to_pixels
 from .loading import load_parts
@@ -21,7 +22,7 @@ from .models.unet import Context, UNet
 from .models.vae import VAE
 from .request import Request
 from .sampling import NoiseSchedule, Plan, Sampler, Step, get_sampler
-from .sampling.guidance import classifier_free_guidance
+from .sampling.guidance import classifier_free_guidance, is_guided
 from .sampling.noise import draw_noise
 from .sampling.protocol import DrawNoise
 from .text_layout import TextEmbeddings, concatenate, packed_layout, padded_layout
@@ -42,6 +43,7 @@ class Denoising:
     Attributes:
         latents: where it starts, (B, 4, H/8, W/8).
         guidance_scale: 1 for a context of B rows, more for one of 2 B, negative prompts first.
+        guidance_interval: see `Request`.
     """
 
     unet: UNet
@@ -50,6 +52,7 @@ class Denoising:
     plan: Plan | None
     latents: Tensor
     guidance_scale: float
+    guidance_interval: tuple[float, float] | None
     draw_noise: DrawNoise
 
     def __len__(self) -> int:
@@ -68,6 +71,8 @@ class Denoising:
         inputs = latents.to(self.unet.conv_in.weight.dtype)
         if self.guidance_scale <= 1:
             return self.unet(inputs, timestep, self.context).to(latents.dtype)
+        if self.guidance_interval and not is_guided(timestep, self.plan.timesteps, self.guidance_interval):
+            return self.unet(inputs, timestep, self.context[len(inputs) :]).to(latents.dtype)
         noise_pred = self.unet(torch.cat([inputs, inputs]), timestep, self.context).to(latents.dtype)
         return classifier_free_guidance(noise_pred, self.guidance_scale)
 
@@ -80,6 +85,7 @@ class KolorsPipeline:
         schedule: the noise schedule of training.
         sampler: what is used where a call names none: the one that the checkpoint's scheduler_config.json asks for.
         zero_empty_negative: whether negative_prompt=None stands for embeddings of zeros instead of for "".
+        offload: where the text encoder and the UNet are; see `from_pretrained`.
         ip_adapters: the IP-Adapters loaded, by name, in order of loading.
     """
 
@@ -92,9 +98,11 @@ class KolorsPipeline:
         schedule: NoiseSchedule,
         sampler: Sampler,
         zero_empty_negative: bool = False,
+        offload: str = "none",
     ) -> None:
         self.tokenizer, self.text_encoder, self.unet, self.vae = tokenizer, text_encoder, unet, vae
         self.schedule, self.sampler, self.zero_empty_negative = schedule, sampler, zero_empty_negative
+        self.offload = offload
         self.ip_adapters: dict[str, Adapter] = {}
 
     @classmethod
@@ -105,6 +113,7 @@ class KolorsPipeline:
         device: torch.device | str = "cpu",
         variant: str | None = None,
         unet: str | Path | None = None,
+        offload: str = "none",
     ) -> "KolorsPipeline":
         """Loads a checkpoint; weights already in the wanted type stay in the memory-mapped file on a CPU.
 
@@ -115,12 +124,17 @@ class KolorsPipeline:
             device: "cpu", "cuda", ...
             variant: such as "fp16", to choose among the files of a folder that holds several.
             unet: a checkpoint or single file whose UNet replaces the folder's.
+            offload: where the text encoder and the UNet are. "none": on the device. "model": in the file, and on the
+                device one at a time, while it works. "stream": in the file, and on the device block by block, for
+                machines whose memory holds neither. The pictures are the same; the autoencoder and the networks of
+                image prompts are always on the device. A weight of another type than dtype is cast every time.
 
         Raises:
             FileNotFoundError: a file or folder is missing.
-            ValueError: something in a file is damaged, does not fit, or asks for what is not supported.
+            ValueError: something in a file is damaged, does not fit, or asks for what is not supported; a damaged
+                weight that is offloaded is found when it is used first.
         """
-        return cls(**vars(load_parts(path, dtype, device, variant, unet)))
+        return cls(**vars(load_parts(path, dtype, device, variant, unet, offload)))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -206,7 +220,12 @@ class KolorsPipeline:
         lora.unload(self._adaptable, name)
 
     def fuse_lora(self) -> None:
-        """Adds all LoRAs into the weights, for speed; `unfuse_lora` restores these bit for bit."""
+        """Adds all LoRAs into the weights, for speed; `unfuse_lora` restores these bit for bit.
+
+        Raises ValueError if no LoRA is loaded, or the weights are not here to be changed (offload).
+        """
+        if self.offload != "none":
+            raise ValueError(f"a LoRA cannot be fused with offload={self.offload!r}; it works without being fused")
         lora.fuse(*self._adaptable.values())
 
     def unfuse_lora(self) -> None:
@@ -217,13 +236,14 @@ class KolorsPipeline:
     def _adaptable(self) -> dict[str, nn.Module]:
         return {"unet": self.unet, "text_encoder": self.text_encoder}
 
-    def __call__(self, *args: Any, output_type: str = "pil", **kwargs: Any) -> Output:
+    def __call__(self, *args: Any, output_type: str = "pil", tiled_decoding: bool = False, **kwargs: Any) -> Output:
         """Makes pictures: runs the denoising loop to its end and decodes.
 
         Args:
             args, kwargs: the fields of `Request`: prompt, negative_prompt, height, width, ...
             output_type: "pil", a list of images; "np", (N, H, W, 3) in [0, 1]; "pt", (N, 3, H, W) in [0, 1]; "latent",
                 (N, 4, H/8, W/8).
+            tiled_decoding: see `decode`.
 
         Raises:
             ValueError, TypeError: an argument is wrong.
@@ -234,7 +254,7 @@ class KolorsPipeline:
         latents = denoising.latents
         for step in denoising:
             latents = step.latents
-        return self.decode(latents, output_type)
+        return self.decode(latents, output_type, tiled_decoding)
 
     @torch.no_grad()
     def denoise(self, *args: Any, **kwargs: Any) -> Denoising:
@@ -271,17 +291,25 @@ class KolorsPipeline:
             latents = draw_noise(shape, request.generator, self.device, self.dtype) * plan.initial_scale
         noise_dtype = torch.promote_types(self.dtype, torch.float32)
         draw = lambda: draw_noise(shape, request.generator, self.device, noise_dtype)
-        return Denoising(self.unet, context, sampler, plan, latents, request.guidance_scale, draw)
+        return Denoising(
+            self.unet, context, sampler, plan, latents, request.guidance_scale, request.guidance_interval, draw
+        )
 
     @torch.no_grad()
-    def decode(self, latents: Tensor, output_type: str = "pil") -> Output:
-        """Decodes latents (N, 4, H/8, W/8), one picture at a time; see `__call__` for output_type and errors."""
+    def decode(self, latents: Tensor, output_type: str = "pil", tiled: bool = False) -> Output:
+        """Decodes latents, one picture at a time.
+
+        Args:
+            latents: (N, 4, H/8, W/8).
+            output_type: see `__call__`, also for errors.
+            tiled: whether to decode pictures of more than 1024 pixels along a side in overlapping tiles, an
+                approximation that needs the memory of 1024 x 1024 pixels alone.
+        """
         check_output_type(output_type)
         if output_type == "latent":
             return latents
-        weight = self.vae.post_quant_conv.weight
-        latents = latents.to(device=weight.device, dtype=weight.dtype)
-        pixels = torch.cat([self.vae.decode(one) for one in latents.split(1)])
+        decode = decode_tiled if tiled else VAE.decode
+        pixels = torch.cat([without_overflow(self.vae, one, decode) for one in latents.split(1)])
         check_finite(pixels, "decoding (the VAE)")
         if (pixels <= BLACK).flatten(1).all(1).any():
             raise FloatingPointError("decoding (the VAE) gave an all-black picture; try another dtype or prompt")
@@ -337,9 +365,11 @@ class KolorsPipeline:
         own_generators = isinstance(request.generator, list | tuple) and len(request.generator) > 1
         rows = shape[0] if own_generators else len(image)
         weight = self.vae.quant_conv.weight
-        posterior = self.vae.encode(image.to(device=weight.device, dtype=weight.dtype)).repeat(rows // len(image))
-        noise = draw_noise((rows, *shape[1:]), request.generator, weight.device, weight.dtype)
-        latents = check_finite(posterior.sample(noise), "encoding the picture (the VAE)")
+        # Where the weights are fp16, the official pipeline encodes in fp32.
+        dtype = torch.float32 if weight.dtype == torch.float16 else weight.dtype
+        noise = draw_noise((rows, *shape[1:]), request.generator, weight.device, dtype)
+        sample = lambda vae, pixels: vae.encode(pixels).repeat(rows // len(image)).sample(noise)
+        latents = check_finite(without_overflow(self.vae, image, sample), "encoding the picture (the VAE)")
         latents = latents.to(device=self.device, dtype=self.dtype).repeat(shape[0] // rows, 1, 1, 1)
         begin = plan.num_steps - min(int(plan.num_steps * request.strength), plan.num_steps)
         if begin == plan.num_steps:

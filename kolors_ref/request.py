@@ -14,6 +14,7 @@ from .arguments import (
     as_prompts,
     check_count,
     check_generators,
+    check_interval,
     check_negative_prompts,
     check_number,
     check_prompts,
@@ -60,6 +61,10 @@ class Request:
         timesteps, sigmas: custom ones, in place of num_inference_steps, where the sampler takes them.
         prompt_embeds, negative_prompt_embeds: embeddings in place of prompts, one row a prompt.
         max_sequence_length: tokens of a prompt, prefix included; what is beyond is cut off.
+        guidance_interval: the steps to guide, from the first share of all steps on and before the second: (0.2, 0.8)
+            guides steps 5 to 19 of 25, counted from 0, and the others compute the prompt's branch alone. None is all of
+            them. Limiting guidance to the middle can improve pictures (Kynkäänniemi et al. 2024, "Applying Guidance in
+            a Limited Interval Improves Sample and Distribution Quality in Diffusion Models").
 
     Raises:
         TypeError, ValueError: an argument is wrong, whatever the model.
@@ -92,6 +97,7 @@ class Request:
     prompt_embeds: TextEmbeddings | None = None
     negative_prompt_embeds: TextEmbeddings | None = None
     max_sequence_length: int = MAX_LENGTH
+    guidance_interval: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
         check_prompts(self.prompt, self.prompt_embeds)
@@ -106,6 +112,8 @@ class Request:
         check_count("max_sequence_length", self.max_sequence_length, MAX_TOKENS)
         check_count("num_images_per_prompt", self.num_images_per_prompt, MAX_IMAGES)
         check_number("guidance_scale", self.guidance_scale)
+        if self.guidance_interval is not None:
+            check_interval("guidance_interval", self.guidance_interval)
         check_number("strength", self.strength, 0.0, 1.0)
         check_generators(self.generator, self.num_images)
         if self.image is not None and self.latents is not None:

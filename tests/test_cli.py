@@ -191,6 +191,7 @@ def test_a_picture_to_start_from(kolors):
         ["--negative-prompt", "丑", "--guidance-scale", "2.5", "--max-sequence-length", "16"],
         ["--guidance-scale", "1", "--width", "72"],
         ["--num-images", "2", "another prompt"],
+        ["--guidance-interval", "0.2,0.6", "--steps", "4", "--decoding", "tiled", "--offload", "stream"],
     ],
     ids=" ".join,
 )
@@ -292,6 +293,11 @@ def test_files_that_cannot_be_repeated(expect_refused, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "mentions"),
     [
+        (["a cat", "--guidance-interval", "0.5"], "guidance_interval"),
+        (["a cat", "--guidance-interval", "half,all"], "--guidance-interval is half,all"),
+        (["a cat", "--guidance-interval", "0.8,0.2"], "guidance_interval"),
+        (["a cat", "--offload", "disk"], "'disk'"),
+        (["a cat", "--decoding", "half"], "'half'"),
         (["generate"], "a prompt is missing"),
         (["--steps", "3"], "a prompt is missing"),
         (["cat", "--steps", "0"], "num_inference_steps is 0"),

@@ -72,7 +72,7 @@ def test_wrong_types(small_pipe, field):
 
 def test_every_field_is_tested():
     """A new field of `Request` must find its place in the table above, or its own tests."""
-    elsewhere = {"timesteps", "sigmas", "ip_adapter_image", "ip_adapter_mask", "ip_adapter_embeds"}
+    elsewhere = {"timesteps", "sigmas", "ip_adapter_image", "ip_adapter_mask", "ip_adapter_embeds", "guidance_interval"}
     assert {field.name for field in dataclasses.fields(Request)} == set(WRONG_TYPES) | elsewhere
 
 

@@ -39,6 +39,7 @@ def picture_batches(seed: int, config: VAEConfig, crop: int = CANVAS) -> Callabl
     """Gives the function that makes pictures, or square crops of them, and noise from the numbers of examples."""
 
     def batch(numbers: range) -> tuple[Tensor, Tensor]:
+        """The arguments of `AutoencoderLoss.forward`."""
         pictures, noises = [], []
         for number in numbers:
             rng = generator(seed + 1, number)  # not the stream that the scene comes from

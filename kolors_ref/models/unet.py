@@ -54,6 +54,13 @@ class Context:
         """Lets each cross-attention look at further things, such as image prompts; none, one or several."""
         return replace(self, layers=tuple((*old, *new) for old, new in zip(self.layers, layers, strict=True)))
 
+    def __getitem__(self, rows: slice) -> "Context":
+        """Selects rows of the batch, such as the positive half; copies nothing."""
+        # A tensor of one row is shared by all.
+        take = lambda part: part[rows] if isinstance(part, Tensor) and len(part) > 1 else part
+        layers = tuple(tuple(KeyValue(*map(take, seen)) for seen in layer) for layer in self.layers)
+        return Context(self.embedding[rows], layers)
+
 
 def sinusoid(values: Tensor, dim: int) -> Tensor:
     """Embeds numbers (...,) as (..., dim) cosines, then sines, in float32 (Vaswani et al. 2017, section 3.5)."""

@@ -1,4 +1,4 @@
-"""How the branches of a guided step are combined."""
+"""How the branches of a guided step are combined, and at which steps there are two."""
 
 from torch import Tensor
 
@@ -15,3 +15,15 @@ def classifier_free_guidance(noise_pred: Tensor, scale: float) -> Tensor:
     """
     negative, positive = noise_pred.chunk(2)
     return negative + scale * (positive - negative)
+
+
+def is_guided(timestep: Tensor, timesteps: Tensor, interval: tuple[float, float]) -> bool:
+    """Says whether a prediction lies in the interval of guidance (Kynkäänniemi et al. 2024).
+
+    Args:
+        timestep: (), where the prediction is made; a step of two predictions makes them at two timesteps.
+        timesteps: (n,), those of the plan, descending.
+        interval: from the first share of them on, and before the second: (0, 1) is all of them.
+    """
+    start, end = interval
+    return start <= (timesteps > timestep).sum().item() / len(timesteps) < end

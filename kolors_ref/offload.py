@@ -1,0 +1,281 @@
+"""Networks larger than the memory: their weights rest in the mapped file and visit the device when their turn comes.
+
+Hooks around a network's blocks bring the weights and take them away, so the networks know nothing of it and compute the
+same numbers. Between its visits a weight is a shadow: a tensor of the right shape, type and device without memory.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import zip_longest
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from .models.glm import Layer
+from .models.unet import ResBlock, TransformerBlock
+
+MODES = ("none", "model", "stream")
+BLOCKS = (Layer, ResBlock, TransformerBlock)
+"""What is a unit of its own when a network streams; beside these, every layer is."""
+Check = Callable[[str, Tensor], None]
+"""Refuses the tensor of that name if it is damaged."""
+ALIGNMENT = 256
+"""Of a weight's first byte in a buffer: what kernels ask for at most."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What moves
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Weight:
+    """A parameter that visits the device.
+
+    Attributes:
+        stored: as the file has it, mapped.
+        absent: its shadow, which tells the type to compute in and where.
+    """
+
+    name: str
+    parameter: nn.Parameter
+    stored: Tensor
+    absent: Tensor
+
+    @property
+    def num_bytes(self) -> int:
+        """On the device, up to where the next weight in a buffer may begin."""
+        return math.ceil(self.stored.numel() * self.absent.element_size() / ALIGNMENT) * ALIGNMENT
+
+
+class Unit:
+    """Weights that come and go together: those of a block, a layer or a whole network.
+
+    Attributes:
+        room: the bytes that the largest unit of its network takes on the device.
+        following: the unit that probably computes next.
+    """
+
+    def __init__(self, weights: list[Weight], check: Check) -> None:
+        self.weights, self.check, self.checked = weights, check, False
+        self.room = self.num_bytes
+        self.following: Unit | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        """What it takes on the device."""
+        return sum(weight.num_bytes for weight in self.weights)
+
+    def check_once(self) -> None:
+        """Reads the weights before their first visit, for those of a damaged file to be refused."""
+        for weight in [] if self.checked else self.weights:
+            self.check(weight.name, weight.stored)
+        self.checked = True
+
+    def arrive(self) -> None:
+        """Brings the weights; on a CPU those already in the right type are used in place."""
+        self.check_once()
+        for weight in self.weights:
+            weight.parameter.data = weight.stored.to(weight.absent.device, weight.absent.dtype)
+
+    def leave(self) -> None:
+        """Drops the weights from the device."""
+        for weight in self.weights:
+            weight.parameter.data = weight.absent
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# How it moves
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Carrier(Protocol):
+    """What is told before and after a unit computes."""
+
+    def before(self, unit: Unit) -> None:
+        """Sees to it that the unit's weights are there."""
+
+    def after(self, unit: Unit) -> None:
+        """The unit has computed."""
+
+
+class OneAtATime:
+    """A unit stays until another needs the place: for whole networks."""
+
+    def __init__(self) -> None:
+        self.present: Unit | None = None
+
+    def before(self, unit: Unit) -> None:
+        """See `Carrier.before`."""
+        if unit is self.present:
+            return
+        if self.present is not None:
+            self.present.leave()
+        self.present = None
+        try:
+            unit.arrive()
+        except Exception:
+            unit.leave()
+            raise
+        self.present = unit
+
+    def after(self, unit: Unit) -> None:
+        """See `Carrier.after`."""
+
+
+class Stream:
+    """A unit leaves as soon as it has computed: for devices that gain nothing by looking ahead."""
+
+    def before(self, unit: Unit) -> None:
+        """See `Carrier.before`."""
+        unit.arrive()
+
+    def after(self, unit: Unit) -> None:
+        """See `Carrier.after`."""
+        unit.leave()
+
+
+class Slot:
+    """A buffer on the accelerator, its twin in pinned memory that copies start from, and what is known of both."""
+
+    def __init__(self, num_bytes: int, device: torch.device) -> None:
+        self.pinned = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
+        self.buffer = torch.empty(num_bytes, dtype=torch.uint8, device=device)
+        self.copied, self.used = torch.cuda.Event(), torch.cuda.Event()
+        self.holds: Unit | None = None
+
+    def views(self, half: Tensor) -> Iterator[Tensor]:
+        """Gives the place of each weight of the unit in one of the two halves."""
+        start = 0
+        for weight in self.holds.weights:
+            size = weight.stored.numel() * weight.absent.element_size()
+            yield half[start : start + size].view(weight.absent.dtype).view(weight.absent.shape)
+            start += weight.num_bytes
+
+
+class PinnedStream:
+    """As `Stream` for CUDA: while a unit computes, the next one is copied, so two are there at a time."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.copying = device, torch.cuda.Stream(device)
+        self.slots: list[Slot] = []
+        self.room = 0
+        self.last: Unit | None = None
+
+    def before(self, unit: Unit) -> None:
+        """See `Carrier.before`."""
+        if unit.room != self.room:
+            self.make_room(unit.room)
+        if self.last is not None:
+            self.last.following = unit
+        self.last = unit
+        slot = self.fetch(unit)
+        self.slots = [*(other for other in self.slots if other is not slot), slot]
+        torch.cuda.current_stream(self.device).wait_event(slot.copied)
+        for weight, view in zip(unit.weights, slot.views(slot.buffer), strict=True):
+            weight.parameter.data = view
+
+    def after(self, unit: Unit) -> None:
+        """See `Carrier.after`."""
+        unit.leave()
+        self.slots[-1].used.record(torch.cuda.current_stream(self.device))
+        if unit.following is not None:
+            self.fetch(unit.following)
+
+    def make_room(self, num_bytes: int) -> None:
+        """Makes two slots for the units of another network."""
+        computing = torch.cuda.current_stream(self.device)
+        computing.wait_stream(self.copying)  # before memory of the old slots is used for something else
+        self.slots, self.last = [], None
+        self.slots = [Slot(num_bytes, self.device) for _ in range(2)]
+        self.room = num_bytes
+        self.copying.wait_stream(computing)  # which may still work on what was in this memory
+
+    def fetch(self, unit: Unit) -> Slot:
+        """Starts to copy a unit into the slot that was used longer ago, unless it is in one already."""
+        for slot in self.slots:
+            if slot.holds is unit:
+                return slot
+        slot = self.slots[0]
+        slot.holds = None
+        slot.copied.synchronize()  # after a wrong guess the pinned half is still read
+        slot.used.synchronize()  # the other half too, as long as the last unit but one computes
+        unit.check_once()
+        slot.holds = unit
+        for weight, view in zip(unit.weights, slot.views(slot.pinned), strict=True):
+            view.copy_(weight.stored)
+        with torch.cuda.stream(self.copying):
+            slot.buffer[: unit.num_bytes].copy_(slot.pinned[: unit.num_bytes], non_blocking=True)
+            slot.copied.record()
+        return slot
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Networks
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def make_carrier(mode: str, device: torch.device) -> Carrier | None:
+    """Gives what moves the weights of all networks, None where they stay; ValueError for a mode that is not known."""
+    if mode not in MODES:
+        raise ValueError(f"offload is {mode!r}; it must be one of {', '.join(MODES)}")
+    if mode == "none":
+        return None
+    if mode == "model":
+        return OneAtATime()
+    return PinnedStream(device) if device.type == "cuda" else Stream()
+
+
+def let_rest(
+    network: nn.Module,
+    stored: Mapping[str, Tensor],
+    dtype: torch.dtype,
+    device: torch.device | str,
+    carrier: Carrier,
+    check: Check,
+) -> None:
+    """Gives a network without memory shadows for weights, and the hooks that bring the stored ones when it computes.
+
+    Args:
+        network: built on the meta device.
+        stored: its weights by name, mapped from a file.
+        dtype, device: to compute in, and where.
+    """
+    nan = torch.full((), math.nan, dtype=dtype, device=device)
+    network.load_state_dict({name: nan.expand(tensor.shape) for name, tensor in stored.items()}, assign=True)
+    groups = {
+        head: [Weight(name, parameter, stored[name], parameter.data) for name, parameter in parameters.items()]
+        for head, parameters in parameters_by_unit(network).items()
+    }
+    if isinstance(carrier, OneAtATime):
+        units = dict.fromkeys(groups, Unit([weight for group in groups.values() for weight in group], check))
+    else:
+        units = {head: Unit(group, check) for head, group in groups.items()}
+    room = max(unit.num_bytes for unit in units.values())
+    for unit, following in zip_longest(units.values(), list(units.values())[1:]):
+        unit.room, unit.following = room, following
+    for head, unit in units.items():
+        head.register_forward_pre_hook(lambda head, inputs, unit=unit: carrier.before(unit))
+        head.register_forward_hook(lambda head, inputs, output, unit=unit: carrier.after(unit))
+
+
+def parameters_by_unit(network: nn.Module) -> dict[nn.Module, dict[str, nn.Parameter]]:
+    """Gives the parameters that the call of a block, or of a layer outside of blocks, needs, by their full names.
+
+    The projections of cross-attentions to keys and values stand apart: they compute before the loop, the rest in it.
+    """
+    attentions = [module.cross_attn for module in network.modules() if isinstance(module, TransformerBlock)]
+    apart = {projection for attention in attentions for projection in (attention.k, attention.v)}
+    units: dict[nn.Module, dict[str, nn.Parameter]] = {}
+
+    def visit(module: nn.Module, prefix: str, head: nn.Module | None) -> None:
+        head = module if module in apart or (head is None and isinstance(module, BLOCKS)) else head
+        for name, parameter in module.named_parameters(recurse=False):
+            units.setdefault(head or module, {})[prefix + name] = parameter
+        for name, child in module.named_children():
+            visit(child, f"{prefix}{name}.", head)
+
+    visit(network, "", None)
+    return units

@@ -1,0 +1,370 @@
+"""Networks that rest in their file: the same pictures in every mode, what is in memory when, and what is refused."""
+
+import contextlib
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from test_image_prompts import ENCODER, randomised
+from test_loading import NETWORKS, WEIGHTS, draw, edit_weights
+from test_lora import updates
+
+from kolors_ref import KolorsPipeline, loading, lora, offload
+from kolors_ref.config import IPAdapterConfig
+from kolors_ref.image_prompts import Adapter
+from kolors_ref.ip_adapter_file import cross_attention_channels
+from kolors_ref.models.clip import CLIPVision
+from kolors_ref.models.ip_adapter import IPAdapter
+
+MODES = ("model", "stream")
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA"))]
+
+
+@pytest.fixture(params=["model", "stream", "pinned stream"])
+def carrier(request, monkeypatch):
+    """A mode of offloading on a CPU: its name; the way of CUDA with a stand-in for CUDA's streams and events."""
+    if request.param == "pinned stream":
+        pretend_cuda(monkeypatch)
+    return request.param.removeprefix("pinned ")
+
+
+class PretendEvent:
+    """Whether what it marks may be going on still (`pending`), and whether the computation waits for it (`awaited`)."""
+
+    pending = awaited = False
+
+    def record(self, stream=None):
+        self.pending, self.awaited = True, False
+
+    def synchronize(self):
+        self.pending = False
+
+
+class PretendStream:
+    def __init__(self, *args):
+        self.wait_stream = lambda other: None
+
+    def wait_event(self, event):
+        event.awaited = True
+
+
+def pretend_cuda(monkeypatch):
+    """Lets "stream" stream on a CPU as it does on CUDA, one thing after the other.
+
+    A buffer must not be written before it is known that nobody reads it, nor read before it is known to be written.
+    """
+    empty, make, views = torch.empty, offload.make_carrier, offload.Slot.views
+
+    def checked_views(slot, half):
+        reading = half is slot.buffer
+        assert slot.copied.awaited if reading else not (slot.copied.pending or slot.used.pending)
+        return views(slot, half)
+
+    monkeypatch.setattr(offload.Slot, "views", checked_views)
+    monkeypatch.setattr(torch, "empty", lambda *args, pin_memory=False, **kwargs: empty(*args, **kwargs))
+    monkeypatch.setattr(torch.cuda, "Event", PretendEvent)
+    monkeypatch.setattr(torch.cuda, "Stream", PretendStream)
+    monkeypatch.setattr(torch.cuda, "current_stream", PretendStream)
+    monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
+    pinned = lambda mode, device: offload.PinnedStream(device) if mode == "stream" else make(mode, device)
+    monkeypatch.setattr(loading, "make_carrier", pinned)
+
+
+def in_half(folder):
+    """Casts all weights of a checkpoint to fp16."""
+    for path in WEIGHTS.values():
+        edit_weights(folder / path, lambda tensors: tensors.update({k: v.half() for k, v in tensors.items()}))
+    return folder
+
+
+def units(network):
+    """The parameters of each unit."""
+    return [list(unit.values()) for unit in offload.parameters_by_unit(network).values()]
+
+
+def present(units):
+    """The bytes of each unit whose weights are there."""
+    own = lambda parameter: parameter.untyped_storage().nbytes() if any(parameter.stride()) else 0
+    return [size for unit in units if (size := sum(map(own, unit)))]
+
+
+def unit_sizes(network):
+    return [sum(p.numel() * p.element_size() for p in unit) for unit in units(network)]
+
+
+@contextlib.contextmanager
+def watched(pipe):
+    """Gives a list that grows by what is present of the text encoder and of the UNet whenever a layer has computed."""
+    seen, glm, unet = [], units(pipe.text_encoder), units(pipe.unet)
+    look = lambda layer, *args: seen.append((present(glm), present(unet))) if layer._parameters else None
+    handle = torch.nn.modules.module.register_module_forward_hook(look)
+    yield seen
+    handle.remove()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The same pictures
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_same_pictures(checkpoint_copy, carrier, dtype):
+    """From text, without guidance, from a picture; twice, for the second run finds other traces than the first.
+
+    From fp16 files, since copies of weights used in place have other addresses, and CPU kernels may round otherwise.
+    """
+    in_half(checkpoint_copy)
+    pipe = KolorsPipeline.from_pretrained(checkpoint_copy, dtype=dtype, offload=carrier)
+    resident = KolorsPipeline.from_pretrained(checkpoint_copy, dtype=dtype)
+    assert (pipe.dtype, pipe.device) == (resident.dtype, resident.device)
+    for options in (
+        {},
+        {"prompt": ["a red cat", "一座灯塔"], "guidance_scale": 1.0},
+        {"image": Image.effect_noise((32, 32), 60), "sampler": "heun"},
+    ) * 2:
+        expected = draw(resident, **options)
+        assert expected.isfinite().all()
+        assert torch.equal(draw(pipe, **options), expected)
+    official, ours = (p.encode_prompt(["a cat", ""]) for p in (resident, pipe))
+    assert torch.equal(ours.sequence, official.sequence)
+    assert torch.equal(ours.pooled, official.pooled)
+    with torch.inference_mode():
+        assert torch.equal(draw(pipe), draw(resident))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("mode", MODES)
+def test_half_precision_files(checkpoint_copy, mode, device):
+    """fp16 in the file, computed in bfloat16: cast as it comes."""
+    in_half(checkpoint_copy)
+    resident, pipe = (
+        KolorsPipeline.from_pretrained(checkpoint_copy, torch.bfloat16, device, offload=name) for name in ("none", mode)
+    )
+    assert pipe.dtype == torch.bfloat16
+    assert torch.equal(draw(pipe), draw(resident))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("mode", MODES)
+def test_image_prompts_and_loras(small_checkpoint, mode, device):
+    """Both work without the weights being there; a LoRA may sit on any layer, a unit of its own or not."""
+    pipes = [KolorsPipeline.from_pretrained(small_checkpoint, device=device, offload=name) for name in ("none", mode)]
+    layers = ["conv_in", "down.0.downsample", "down.1.attn.0.blocks.0.cross_attn.k", "mid.res.0.conv1", "text_proj"]
+    config = pipes[0].unet.config
+    for pipe in pipes:
+        torch.manual_seed(0)
+        channels, dim = cross_attention_channels(config), config.cross_attention_dim
+        sizes = IPAdapterConfig(ENCODER.width, 32, 1, 1, num_queries=3, ffn=48, output_dim=dim, channels=channels)
+        adapter, encoder = randomised(IPAdapter(sizes)), randomised(CLIPVision(ENCODER))
+        pipe.ip_adapters["style"] = Adapter(adapter.to(device), encoder.to(device), Path())
+    plain = draw(pipes[0])
+    for picture in ({}, {"ip_adapter_image": Image.effect_noise((30, 30), 60)}):
+        expected, ours = (draw(pipe, **picture) for pipe in pipes)
+        assert torch.equal(ours, expected)
+        assert torch.equal(expected, plain) == (not picture)
+    for pipe in pipes:
+        lora.attach(pipe.unet, updates(pipe.unet, dict.fromkeys(layers, 2)), "a")
+        lora.attach(pipe.text_encoder, updates(pipe.text_encoder, {"layers.0.attn.qkv": 2}), "a")
+    expected, ours = (draw(pipe, **picture) for pipe in pipes)
+    assert torch.equal(ours, expected)
+    assert not torch.equal(expected, plain)
+    for pipe in pipes:
+        pipe.unload_lora()
+    assert torch.equal(draw(pipes[1]), plain)
+
+
+def test_calls_that_are_mixed(checkpoint_copy, carrier):
+    """A loop that is interrupted by an encoding and by another loop goes on as if nothing had happened."""
+    pipe, resident = (
+        KolorsPipeline.from_pretrained(in_half(checkpoint_copy), torch.float32, offload=name)
+        for name in (carrier, "none")
+    )
+    start = lambda pipe: pipe.denoise(
+        "a cat", height=32, width=32, num_inference_steps=3, generator=torch.Generator().manual_seed(0)
+    )
+    expected = [step.latents for step in start(resident)]
+    for step, latents in zip(start(pipe), expected, strict=True):
+        assert torch.equal(step.latents, latents)
+        next(iter(start(pipe)))
+        pipe.encode_prompt("a dog")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_the_same_pictures_on_cuda(small_checkpoint, dtype, mode):
+    """Several times, for copies and computation to overlap in many ways."""
+    resident, pipe = (
+        KolorsPipeline.from_pretrained(small_checkpoint, dtype, "cuda", offload=name) for name in ("none", mode)
+    )
+    expected = draw(resident, num_inference_steps=10)
+    for _ in range(10):
+        assert torch.equal(draw(pipe, num_inference_steps=10), expected)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is in memory
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_stream_holds_one_unit(checkpoint_copy):
+    """Of weights that must be cast, those of the unit that computes are there, and nothing before and after."""
+    pipe = KolorsPipeline.from_pretrained(in_half(checkpoint_copy), torch.bfloat16, offload="stream")
+    everything = units(pipe.text_encoder) + units(pipe.unet)
+    assert present(everything) == []
+    with watched(pipe) as seen:
+        draw(pipe, num_inference_steps=1)
+    assert present(everything) == []
+    assert max(len(glm) + len(unet) for glm, unet in seen) == 1
+    assert {size for glm, _ in seen for size in glm} == set(unit_sizes(pipe.text_encoder))
+    assert {size for _, unet in seen for size in unet} == set(unit_sizes(pipe.unet))
+    assert len(unit_sizes(pipe.text_encoder)) == 1 + pipe.text_encoder.config.num_layers
+    assert max(unit_sizes(pipe.unet)) < sum(unit_sizes(pipe.unet)) / 8
+
+
+def test_a_pinned_stream_holds_two_units(checkpoint_copy, monkeypatch):
+    """Two slots of the largest unit's size; once the order is known, every unit is there before it is asked for."""
+    pretend_cuda(monkeypatch)
+    carrier = offload.PinnedStream(torch.device("cpu"))
+    monkeypatch.setattr(loading, "make_carrier", lambda mode, device: carrier)
+    pipe = KolorsPipeline.from_pretrained(in_half(checkpoint_copy), torch.bfloat16, offload="stream")
+    late, before, after = [], carrier.before, carrier.after
+
+    def checked_before(unit):
+        late.append(unit not in [slot.holds for slot in carrier.slots])
+        before(unit)
+
+    def checked_after(unit):
+        after(unit)
+        assert unit in [slot.holds for slot in carrier.slots], "what may still compute is overwritten"
+
+    monkeypatch.setattr(carrier, "before", checked_before)
+    monkeypatch.setattr(carrier, "after", checked_after)
+    draw(pipe)
+    late.clear()
+    for _ in draw_steps(pipe, 3):
+        assert present(units(pipe.text_encoder) + units(pipe.unet)) == []
+        largest = max(unit_sizes(pipe.unet))
+        assert [len(slot.buffer) for slot in carrier.slots] == [carrier.room] * 2
+        assert largest <= carrier.room < largest + offload.ALIGNMENT * 40
+    assert sum(late) <= 4  # the first of each network and, between its preparation and the loop, of the UNet
+
+
+def draw_steps(pipe, count):
+    return pipe.denoise("a cat", height=32, width=32, num_inference_steps=count)
+
+
+def test_one_network_at_a_time(checkpoint_copy):
+    """With offload="model" each is there as a whole, and never with the other."""
+    pipe = KolorsPipeline.from_pretrained(in_half(checkpoint_copy), torch.bfloat16, offload="model")
+    with watched(pipe) as seen:
+        for _ in range(2):
+            draw(pipe, num_inference_steps=1)
+    whole = {tuple(unit_sizes(pipe.text_encoder)), tuple(unit_sizes(pipe.unet))}
+    assert {(tuple(glm) or tuple(unet)) for glm, unet in seen} == whole
+    assert not any(glm and unet for glm, unet in seen)
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="looks at /proc/self/maps")
+@pytest.mark.parametrize("mode", MODES)
+def test_the_right_type_is_used_in_place(small_checkpoint, mode):
+    """On a CPU, weights of the type to compute in are those in the file's own mapping: no copy at all."""
+    pipe = KolorsPipeline.from_pretrained(small_checkpoint, offload=mode)
+    lines = [line for line in Path("/proc/self/maps").read_text().splitlines() if str(small_checkpoint) in line]
+    mappings = [[int(address, 16) for address in line.split()[0].split("-")] for line in lines]
+    places = []
+    for network in (pipe.text_encoder, pipe.unet):
+        for module in network.modules():
+            module.register_forward_hook(
+                lambda module, *rest: places.extend(p.data_ptr() for p in module.parameters(recurse=False)),
+                prepend=True,
+            )
+    draw(pipe)
+    assert len(places) > 300
+    assert all(any(low <= place < high for low, high in mappings) for place in places)
+
+
+def test_many_pictures_in_a_row(small_checkpoint):
+    """Resident memory stays flat, in every mode, with another prompt every time."""
+    own = lambda: int(re.search(r"VmRSS:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
+    pipes = [KolorsPipeline.from_pretrained(small_checkpoint, offload=mode) for mode in offload.MODES]
+
+    def run(first):
+        for i in range(first, first + 20):
+            draw(pipes[i % 3], f"a picture of {i}", num_inference_steps=1)
+
+    run(0)
+    before = own()
+    run(20)
+    run(40)
+    assert own() < 1.01 * before
+
+
+def test_a_picture_does_not_depend_on_its_neighbours(small_pipe):
+    """Alone and among others, of other lengths too: equal to a hundredth of a grey level, so the same once rounded.
+
+    Only a value that lies that close to the middle between two bytes may be rounded to the other one.
+    """
+    prompts = ["a cat", "", "雪山下的湖边，摄影，电影感，" * 6, "a lighthouse in fog, with ships on a stormy sea " * 9]
+    generators = lambda: [torch.Generator().manual_seed(seed) for seed in range(len(prompts))]
+    make = lambda prompt, noise: small_pipe(
+        prompt, height=32, width=32, num_inference_steps=2, generator=noise, output_type="pt"
+    )
+    together = make(prompts, generators()) * 255
+    for prompt, generator, among in zip(prompts, generators(), together, strict=True):
+        alone = make(prompt, generator)[0] * 255
+        assert (alone - among).abs().max() < 0.01
+        clear = (alone.frac() - 0.5).abs() > 0.01
+        assert torch.equal(alone.round()[clear], among.round()[clear])
+        assert clear.float().mean() > 0.95
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is refused
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("network", NETWORKS[:2])
+def test_a_damaged_weight(checkpoint_copy, carrier, network):
+    """It is found when it is used first, every time, and named as when a whole network is loaded."""
+    name = {"text_encoder": "mlp.dense_4h_to_h", "unet": "mid_block.resnets.1.conv2"}[network]
+
+    def spoil(tensors):
+        tensors[next(key for key in tensors if name in key and key.endswith("weight"))].view(-1)[7] = torch.nan
+
+    edit_weights(checkpoint_copy / WEIGHTS[network], spoil)
+    with pytest.raises(ValueError, match="damaged") as resident:
+        KolorsPipeline.from_pretrained(checkpoint_copy)
+    pipe = KolorsPipeline.from_pretrained(checkpoint_copy, offload=carrier)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="damaged") as streamed:
+            draw(pipe)
+        assert str(streamed.value) == str(resident.value)
+
+
+def test_what_cannot_be(checkpoint_copy):
+    for wrong in ("sequential", "", None, True):
+        with pytest.raises(ValueError, match=r"offload is .*; it must be one of none, model, stream$"):
+            KolorsPipeline.from_pretrained(checkpoint_copy, offload=wrong)
+    pipe = KolorsPipeline.from_pretrained(checkpoint_copy, offload="stream")
+    lora.attach(pipe.unet, updates(pipe.unet, {"conv_in": 2}), "a")
+    with pytest.raises(ValueError, match="a LoRA cannot be fused with offload='stream'"):
+        pipe.fuse_lora()
+    path = checkpoint_copy / WEIGHTS["unet"]
+    edit_weights(path, lambda tensors: tensors.update({"conv_in.bias": torch.zeros(3)}))
+    with pytest.raises(ValueError, match=r"conv_in\.bias has shape"):
+        KolorsPipeline.from_pretrained(checkpoint_copy, offload="stream")
+
+
+def test_a_weight_that_is_away_is_seen(small_checkpoint):
+    """Its shadow has the shape, type and device of the weight, and NaN for numbers."""
+    pipe = KolorsPipeline.from_pretrained(small_checkpoint, torch.bfloat16, offload="stream")
+    weight = pipe.unet.conv_in.weight
+    assert (weight.shape, weight.dtype, weight.device.type) == ((16, 4, 3, 3), torch.bfloat16, "cpu")
+    assert weight.isnan().all()
+    assert weight.untyped_storage().nbytes() == 2
+    resident = KolorsPipeline.from_pretrained(small_checkpoint, torch.bfloat16).unet
+    shapes = lambda unet: {name: tensor.shape for name, tensor in unet.state_dict().items()}
+    assert shapes(pipe.unet) == shapes(resident)
