@@ -78,8 +78,8 @@ class Stage:
         return decayed * min(1.0, (step + 1) / max(1, self.warmup))
 
     def scaled(self, factor: float) -> "Stage":
-        """The same stage with more or fewer steps."""
-        scale = lambda count: max(1, round(count * factor))
+        """The same stage with more or fewer steps; one that is left out stays so."""
+        scale = lambda count: max(min(count, 1), round(count * factor))
         return replace(
             self, steps=scale(self.steps), warmup=scale(self.warmup), save_every=min(self.save_every, scale(self.steps))
         )

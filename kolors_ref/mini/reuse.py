@@ -1,13 +1,14 @@
 """Stages of another run that are the same in this one, taken over instead of done again: for ablations."""
 
 import json
-import os
 import shutil
 from dataclasses import asdict
 from pathlib import Path
 
-from ..picture_file import partial
+from weights_conversion.files import read_json
+
 from .recipe import Recipe
+from .training_state import written
 
 TOKENIZER = ("seed", "tokenizer_captions")
 AUTOENCODER = ("seed", "vae", "vae_whole")
@@ -31,7 +32,7 @@ def reuse_stages(folder: Path, other: Path, recipe: Recipe) -> list[str]:
     """
     if not (other / "recipe.json").is_file():
         raise FileNotFoundError(f"{other} holds no training run to take stages from: it has no recipe.json")
-    theirs = json.loads((other / "recipe.json").read_text(encoding="utf8"))
+    theirs = read_json(other / "recipe.json")
     ours = json.loads(json.dumps(asdict(recipe)))
     folder.mkdir(parents=True, exist_ok=True)
     copied = []
@@ -39,7 +40,7 @@ def reuse_stages(folder: Path, other: Path, recipe: Recipe) -> list[str]:
         if all(ours[field] == theirs.get(field) for field in fields):
             for path in sorted(other.glob(pattern)):
                 if not (folder / path.name).exists():
-                    shutil.copyfile(path, partial(folder / path.name))
-                    os.replace(partial(folder / path.name), folder / path.name)
+                    with written(folder / path.name) as beside:
+                        shutil.copyfile(path, beside)
                     copied.append(path.name)
     return copied
