@@ -88,7 +88,10 @@ def layout(name, source, folder):
 @pytest.mark.skipif(sys.platform != "linux", reason="looks at /proc/self/maps")
 @pytest.mark.parametrize("name", ["diffusers", "sharded", "kolors", "ours"])
 def test_every_layout_is_the_same_pipeline_without_a_copy(small_checkpoint, small_pipe, tmp_path, name):
-    """The text encoder's and the UNet's numbers lie in the files' own mappings."""
+    """The text encoder's and the UNet's numbers lie in the files' own mappings, and are the same bit for bit.
+
+    The pictures differ by rounding: a matrix times a single row is summed in an order that hangs on its address.
+    """
     folder = layout(name, small_checkpoint, tmp_path / "other")
     pipe = KolorsPipeline.from_pretrained(str(folder))
     mappings = []
@@ -99,7 +102,7 @@ def test_every_layout_is_the_same_pipeline_without_a_copy(small_checkpoint, smal
         for key, parameter in getattr(pipe, network).state_dict().items():
             assert any(low <= parameter.data_ptr() < high for low, high in mappings), (network, key)
             assert torch.equal(parameter, getattr(small_pipe, network).state_dict()[key])
-    assert torch.equal(draw(pipe), draw(small_pipe))
+    assert torch.allclose(draw(pipe), draw(small_pipe), rtol=0, atol=1e-5)
     assert not any(parameter.is_meta or parameter.requires_grad for parameter in pipe.unet.parameters())
     assert not any(getattr(pipe, network).training for network in NETWORKS)
 
