@@ -32,6 +32,11 @@ SMALL = 0.1
 """The share of pictures enlarged from half their size, which the size condition tells (Podell et al. 2023, 2.2)."""
 SNR_LIMIT = 5.0
 """The signal-to-noise ratio beyond which a level counts less (min-SNR, Hang et al. 2023)."""
+EVEN_VARIANCE = 10.0
+"""The variance of noise beyond which a level counts more.
+
+The error in the noise falls as 1 / (10 + variance); evened out, all levels count alike (Karras et al. 2022, section 5).
+"""
 SHARD = 2048
 """Pictures whose latents are in one file."""
 
@@ -65,7 +70,13 @@ class DenoisingLoss(nn.Module):
         noisy = signal.sqrt() * latents + (1 - signal).sqrt() * noise
         noise_pred = self.unet(noisy, timestep, self.unet.prepare(text, pooled, sizes, bias))
         snr = signal / (1 - signal)
-        return ((snr.clamp(max=SNR_LIMIT) / snr) * (noise_pred.float() - noise).square()).mean()
+        weight = (snr.clamp(max=SNR_LIMIT) / snr) * (1 + 1 / (EVEN_VARIANCE * snr))
+        return (weight * (noise_pred.float() - noise).square()).mean()
+
+    def hidden_matrices(self) -> list[nn.Parameter]:
+        """The matrices of the blocks, for Muon: neither what reads the inputs nor what gives the output."""
+        blocks = (*self.unet.down, self.unet.mid, *self.unet.up)
+        return [parameter for block in blocks for parameter in block.parameters() if parameter.ndim > 1]
 
 
 @dataclass(frozen=True)

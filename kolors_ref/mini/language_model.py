@@ -34,6 +34,11 @@ class LanguageModel(nn.Module):
         for parameter in self.parameters():
             if parameter.ndim == 2:
                 nn.init.normal_(parameter, std=0.02)
+        # A token stays the larger part of its own embedding; what the layers know of the others comes on top.
+        nn.init.normal_(self.encoder.token_embed.weight)
+        for layer in self.encoder.layers:
+            for last in (layer.attn.out, layer.ffn.down):
+                nn.init.normal_(last.weight, std=0.006)
 
     def forward(self, ids: Tensor, targets: Tensor) -> Tensor:
         """Gives the cross-entropy of the next token, in nats, the mean over captions of the mean over their tokens.

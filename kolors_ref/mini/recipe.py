@@ -22,9 +22,9 @@ GLM = GLMConfig(
 )
 VAE = VAEConfig(channels=(16, 32, 64, 64), layers_per_block=1, norm_groups=4)
 UNET = UNetConfig(
-    channels=(64, 104),
-    transformer_depth=(0, 2),
-    num_heads=(2, 2),
+    channels=(64, 80, 96),
+    transformer_depth=(0, 1, 1),
+    num_heads=(1, 2, 3),
     layers_per_block=1,
     text_dim=GLM.hidden_size,
     cross_attention_dim=128,
@@ -48,13 +48,16 @@ SCHEDULER = {
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage of training: AdamW with a linear warm-up and a cosine decay (Loshchilov and Hutter 2017).
+    """One stage of training, with a linear warm-up and a cosine decay of the learning rate.
 
     Attributes:
         name: of the stage, and of its files.
         steps: of the optimizer.
         batch_size: examples of one step, over all processes together.
-        learning_rate, final_learning_rate: at the end of the warm-up and at the end.
+        learning_rate, final_learning_rate: of AdamW, at the end of the warm-up and at the end.
+        matrix_rate: the learning rate of Muon, for the matrices of the network's blocks, at the end of the warm-up; it
+            falls as the other does. None leaves them to AdamW.
+        weight_decay: of both.
         warmup: steps.
         ema_decay: of the moving average of the weights, which is what a stage gives.
         save_every: steps between checkpoints.
@@ -65,16 +68,16 @@ class Stage:
     batch_size: int
     learning_rate: float
     final_learning_rate: float
+    matrix_rate: float | None = None
+    weight_decay: float = 0.01
     warmup: int = 100
     ema_decay: float = 0.999
     save_every: int = 200
 
-    def learning_rate_at(self, step: int) -> float:
-        """The learning rate of a step, counted from 0."""
-        progress = min(1.0, step / max(1, self.steps))
-        decayed = self.final_learning_rate + (self.learning_rate - self.final_learning_rate) * (
-            0.5 * (1 + math.cos(math.pi * progress))
-        )
+    def decay_at(self, step: int) -> float:
+        """What the learning rates are multiplied by at a step, counted from 0."""
+        last, progress = self.final_learning_rate / self.learning_rate, min(1.0, step / max(1, self.steps))
+        decayed = last + (1 - last) * 0.5 * (1 + math.cos(math.pi * progress))
         return decayed * min(1.0, (step + 1) / max(1, self.warmup))
 
     def scaled(self, factor: float) -> "Stage":
@@ -102,11 +105,11 @@ class Recipe:
 
     seed: int = 0
     tokenizer_captions: int = 20000
-    glm: Stage = Stage("glm", 2500, 32, 3e-3, 1e-5)
+    glm: Stage = Stage("glm", 2500, 32, 1.5e-3, 1e-5, weight_decay=0.1)
     vae: Stage = Stage("vae", 5500, 24, 2e-3, 2e-4)
     vae_whole: Stage = Stage("vae-whole", 1000, 4, 2e-4, 1e-6)
-    unet: Stage = Stage("unet", 6500, 32, 1e-3, 2e-4)
-    unet_tuning: Stage = Stage("unet-tuning", 1300, 32, 2e-4, 1e-6)
+    unet: Stage = Stage("unet", 18000, 32, 1e-3, 1e-4, matrix_rate=2e-3)
+    unet_tuning: Stage = Stage("unet-tuning", 1300, 32, 1e-4, 1e-6, matrix_rate=2e-4)
     scenes: int = 49152
     clean_scenes: int = 12288
     schedule: ScheduleConfig = SCHEDULE

@@ -18,6 +18,7 @@ from ..tokenizer import Tokenizer
 from . import recipe as sizes
 from .autoencoder import CROP, AutoencoderLoss, measured_scale, picture_batches
 from .denoiser import DenoisingLoss, Latents, cache_latents, denoising_batches
+from .first_weights import first_weights
 from .language_model import LanguageModel, bag_of_words, caption_batches
 from .loop import train
 from .processes import Processes
@@ -109,6 +110,7 @@ class Run:
         """The UNet: concept learning on the broad mix, then quality tuning on the clean subset."""
         schedule = NoiseSchedule(self.recipe.schedule)
         loss = self.seeded(lambda: DenoisingLoss(sizes.UNET, schedule))
+        first_weights(loss.unet, self.tokenizer(), text_encoder, self.recipe.seed)
         for stage, clean, count in (
             (self.recipe.unet, False, self.recipe.scenes),
             (self.recipe.unet_tuning, True, self.recipe.clean_scenes),

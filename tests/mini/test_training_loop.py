@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ from kolors_ref.mini.processes import Processes
 from kolors_ref.mini.recipe import Stage
 from kolors_ref.mini.training_state import read_tensors, write_tensors
 
-STAGE = Stage("tiny", 14, 6, 1e-2, 1e-3, warmup=3, ema_decay=0.5, save_every=4)
+STAGE = Stage("tiny", 14, 6, 1e-2, 1e-3, matrix_rate=2e-2, warmup=3, ema_decay=0.5, save_every=4)
 HERE = Processes(0, 1, torch.device("cpu"))
 
 
@@ -32,6 +33,9 @@ class Tiny(nn.Module):
         torch.manual_seed(0)
         self.hidden, self.out = nn.Linear(5, 8), nn.Linear(8, 1)
         self.register_buffer("shift", torch.tensor(0.1))
+
+    def hidden_matrices(self):
+        return [self.hidden.weight]
 
     def forward(self, x, y):
         return (self.out(torch.tanh(self.hidden(x + self.shift))).float() - y).square().mean()
@@ -114,7 +118,12 @@ def test_a_run_killed_twice_ends_bit_for_bit_as_one_that_was_not(whole, tmp_path
     assert content(tmp_path) == content(whole)
     assert sorted(content(whole)) == ["result.safetensors", "tiny-00000008.safetensors", "tiny-00000012.safetensors"]
     tensors, _ = read_tensors(tmp_path / "tiny-00000012.safetensors")
-    assert {"module.out.bias", "average.n_averaged", "optimizer.0.exp_avg", "optimizer.3.step"} <= tensors.keys()
+    assert {
+        "module.out.bias",
+        "average.n_averaged",
+        "optimizer.0.0.exp_avg",
+        "optimizer.1.0.momentum_buffer",
+    } <= tensors.keys()
 
 
 @pytest.mark.parametrize("stop", [3, 5, 8, 13])
@@ -221,20 +230,20 @@ def test_learning_rates_rise_in_a_line_and_fall_as_a_cosine():
     stage = Stage("any", 1000, 8, 1e-3, 1e-5, warmup=100)
     cosine = [1e-5 + (1e-3 - 1e-5) * (1 + math.cos(math.pi * step / 1000)) / 2 for step in range(1000)]
     for step in range(1000):
-        assert stage.learning_rate_at(step) == pytest.approx(cosine[step] * min(1, (step + 1) / 100), rel=1e-12)
-    rates = [stage.learning_rate_at(step) for step in range(1000)]
+        assert 1e-3 * stage.decay_at(step) == pytest.approx(cosine[step] * min(1, (step + 1) / 100), rel=1e-12)
+    rates = [1e-3 * stage.decay_at(step) for step in range(1000)]
     assert rates[0] == pytest.approx(1e-5)
     assert max(rates) == pytest.approx(1e-3, rel=0.03)
     assert rates[99:] == sorted(rates[99:], reverse=True)
     assert rates[-1] == pytest.approx(1e-5, rel=1e-3)
-    assert stage.learning_rate_at(5000) == pytest.approx(1e-5)
+    assert 1e-3 * stage.decay_at(5000) == pytest.approx(1e-5)
 
 
 def test_a_stage_made_shorter_keeps_its_rates():
     stage = Stage("any", 7000, 32, 1e-3, 2e-4).scaled(0.01)
     assert (stage.steps, stage.warmup, stage.save_every) == (70, 1, 70)
     assert (stage.learning_rate, stage.final_learning_rate) == (1e-3, 2e-4)
-    assert stage.learning_rate_at(35) == pytest.approx(6e-4)
+    assert 1e-3 * stage.decay_at(35) == pytest.approx(6e-4)
 
 
 def recorded(folder, stage):
@@ -265,11 +274,25 @@ def test_the_result_is_the_moving_average_of_the_weights(tmp_path):
 def test_each_step_goes_as_far_as_its_rate_says(tmp_path):
     """Adam's first step moves every weight by the rate, and the decay of weights comes on top."""
     weights, _ = recorded(tmp_path, STAGE)
-    rate = STAGE.learning_rate_at(0)
+    rate = 1e-2 * STAGE.decay_at(0)
     assert rate == pytest.approx(1e-2 / 3)
-    for before, after in zip(weights[0], weights[1], strict=True):
+    for before, after in list(zip(weights[0], weights[1], strict=True))[1:]:
         moved = (after - before * (1 - 0.01 * rate)).abs()
         torch.testing.assert_close(moved, torch.full_like(moved, rate), rtol=1e-3, atol=0)
+
+
+def test_muon_steps_alike_in_all_directions(tmp_path):
+    """The singular values of its step lie around 0.2 sqrt(8) rate for a matrix (8, 5), however unlike the gradient's."""
+    weights, _ = recorded(tmp_path, STAGE)
+    rate = 2e-2 * STAGE.decay_at(0)
+    before, after = weights[0][0], weights[1][0]
+    assert before.shape == (8, 5)
+    sizes = torch.linalg.svdvals((after - before * (1 - 0.01 * rate)).double())[:3] / (0.2 * 8**0.5 * rate)
+    assert ((sizes > 0.5) & (sizes < 1.3)).all()
+    (tmp_path / "adam").mkdir()
+    with_adam, _ = recorded(tmp_path / "adam", replace(STAGE, matrix_rate=None))
+    moved = (with_adam[1][0] - before * (1 - 0.01 * 1e-2 * STAGE.decay_at(0))).abs()
+    torch.testing.assert_close(moved, torch.full_like(moved, 1e-2 * STAGE.decay_at(0)), rtol=1e-3, atol=0)
 
 
 if __name__ == "__main__":
