@@ -110,7 +110,8 @@ class Run:
         """The UNet: concept learning on the broad mix, then quality tuning on the clean subset."""
         schedule = NoiseSchedule(self.recipe.schedule)
         loss = self.seeded(lambda: DenoisingLoss(sizes.UNET, schedule))
-        first_weights(loss.unet, self.tokenizer(), text_encoder, self.recipe.seed)
+        if not self.weights(self.recipe.unet).is_file():
+            first_weights(loss.unet, self.tokenizer(), text_encoder, self.recipe.seed)
         for stage, clean, count in (
             (self.recipe.unet, False, self.recipe.scenes),
             (self.recipe.unet_tuning, True, self.recipe.clean_scenes),

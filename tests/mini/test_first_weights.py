@@ -53,7 +53,6 @@ def test_a_pad_has_no_value_and_a_low_score(parts):
     for block in (module for module in unet.modules() if isinstance(module, TransformerBlock)):
         attn = block.cross_attn
         assert attn.v(pad).abs().max() < 1e-3 * attn.v(unet.text_proj(words)).std()
-        heads = lambda rows: rows.unflatten(-1, (attn.num_heads, -1))
-        query = heads(attn.q(block.norm2(pixels)))
-        score = (query * heads(attn.k(pad))).sum(-1).mean(0) / query.shape[-1] ** 0.5
+        query, key = (x.unflatten(-1, (attn.num_heads, -1)) for x in (attn.q(block.norm2(pixels)), attn.k(pad)))
+        score = (query * key).sum(-1).mean(0) / query.shape[-1] ** 0.5
         torch.testing.assert_close(score, torch.full_like(score, first.PAD_SCORE), rtol=0.3, atol=0)

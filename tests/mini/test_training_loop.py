@@ -282,7 +282,7 @@ def test_each_step_goes_as_far_as_its_rate_says(tmp_path):
 
 
 def test_muon_steps_alike_in_all_directions(tmp_path):
-    """The singular values of its step lie around 0.2 sqrt(8) rate for a matrix (8, 5), however unlike the gradient's."""
+    """The singular values of its step lie around 0.2 sqrt(8) rate for a matrix (8, 5), whatever the gradient's."""
     weights, _ = recorded(tmp_path, STAGE)
     rate = 2e-2 * STAGE.decay_at(0)
     before, after = weights[0][0], weights[1][0]
