@@ -141,11 +141,6 @@ def add_train(commands: "argparse._SubParsersAction[Parser]") -> None:
     add("--ablate", choices=ABLATIONS, help="leave something out, to see what it is good for")
     add("--reuse", type=Path, metavar="DIR", help="take the stages that are the same from the folder of another run")
     add("--previous", action="store_true", help="go on from the last checkpoint but one")
-    add(
-        "--compile",
-        action="store_true",
-        help="compile the networks: minutes at first, then faster; needs a C++ compiler",
-    )
     add("--device", help="cpu or cuda (default: cuda if there is one)")
 
 

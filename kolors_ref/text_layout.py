@@ -113,18 +113,14 @@ def padded_layout(tokens: TokenBatch) -> TextLayout:
     )
 
 
-def packed_layout(tokens: TokenBatch, num_pads: Sequence[int] | None = None) -> TextLayout:
+def packed_layout(tokens: TokenBatch) -> TextLayout:
     """Lays all prompts in ONE row, one after the other, each with its n pads as a single token of weight n.
 
     The cross-attention wants the same number of keys L for every prompt. A prompt of fewer tokens fills up with p
     copies of its pad, each of weight n / p; L is rounded up in this way too.
-
-    Args:
-        tokens: of N prompts, padded.
-        num_pads: how many pads each prompt counts, at least 1; as many as it has if None.
     """
     lengths = tokens.attention_mask.sum(1).tolist()
-    pads = [tokens.input_ids.shape[1] - length for length in lengths] if num_pads is None else num_pads
+    pads = [tokens.input_ids.shape[1] - length for length in lengths]
     kept = [length + min(n, 1) for length, n in zip(lengths, pads, strict=True)]
     total, max_length = sum(kept), tokens.input_ids.shape[1]
     num_keys = min(math.ceil(max(kept) / KEY_MULTIPLE) * KEY_MULTIPLE, max_length)

@@ -40,7 +40,7 @@ def run_training(options: argparse.Namespace) -> None:
     recipe = replace(Recipe(), seed=options.seed).scaled(options.scale)
     if options.ablate:
         recipe = ABLATIONS[options.ablate](recipe)
-    with processes(options.device, options.compile) as here:
+    with processes(options.device) as here:
         if options.reuse is not None and here.first:
             reuse_stages(options.folder, options.reuse, recipe)
         here.wait()

@@ -66,8 +66,6 @@ def train(
         except RuntimeError as error:
             raise ValueError(f"{folder} holds a {stage.name} of other sizes; train in another folder") from error
     first = 0 if state is None else state.step
-    if here.compiled:
-        module.compile()
     model = DistributedDataParallel(module) if here.count > 1 else module
     curve = Curve(folder / f"{stage.name}.jsonl", first) if here.first else None
     with tqdm(total=stage.steps, initial=first, desc=stage.name, unit="step", disable=not here.first) as bar:

@@ -11,12 +11,11 @@ import torch.distributed as dist
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among all: number `rank` of `count`, computing on `device`, networks compiled for it or not."""
+    """This process among all: number `rank` of `count`, computing on `device`."""
 
     rank: int
     count: int
     device: torch.device
-    compiled: bool = False
 
     @property
     def first(self) -> bool:
@@ -30,12 +29,11 @@ class Processes:
 
 
 @contextmanager
-def processes(device: str | None = None, compiled: bool = False) -> Iterator[Processes]:
+def processes(device: str | None = None) -> Iterator[Processes]:
     """Joins the processes that torchrun started, if it did; on a GPU each by NCCL, on CPUs by gloo.
 
     Args:
         device: "cpu" or "cuda"; a GPU where there is one if None.
-        compiled: see `Processes`.
 
     Raises:
         ValueError: the device does not exist here, or there are fewer GPUs than processes.
@@ -53,10 +51,10 @@ def processes(device: str | None = None, compiled: bool = False) -> Iterator[Pro
         place = torch.device("cuda", local)
         torch.cuda.set_device(place)  # NCCL meets on the current device, or all processes would meet on the first
     if count == 1:
-        yield Processes(0, 1, place, compiled)
+        yield Processes(0, 1, place)
         return
     dist.init_process_group("nccl" if kind == "cuda" else "gloo")
     try:
-        yield Processes(dist.get_rank(), count, place, compiled)
+        yield Processes(dist.get_rank(), count, place)
     finally:
         dist.destroy_process_group()

@@ -108,8 +108,8 @@ class Recipe:
     glm: Stage = Stage("glm", 2500, 32, 1.5e-3, 1e-5, weight_decay=0.1)
     vae: Stage = Stage("vae", 5500, 24, 2e-3, 2e-4)
     vae_whole: Stage = Stage("vae-whole", 1000, 4, 2e-4, 1e-6)
-    unet: Stage = Stage("unet", 11000, 32, 1e-3, 1e-4, matrix_rate=2e-3)
-    unet_tuning: Stage = Stage("unet-tuning", 1200, 32, 1e-4, 1e-6, matrix_rate=2e-4)
+    unet: Stage = Stage("unet", 7600, 32, 1e-3, 1e-4, matrix_rate=2e-3)
+    unet_tuning: Stage = Stage("unet-tuning", 800, 32, 1e-4, 1e-6, matrix_rate=2e-4)
     scenes: int = 49152
     clean_scenes: int = 12288
     schedule: ScheduleConfig = SCHEDULE
