@@ -192,10 +192,6 @@ def find_folder(path: str | Path, variant: str | None) -> Path:
         FileNotFoundError: there is no such folder, and it is no id or the `hub` extra is not installed.
     """
     if str(path) == EMBEDDED:
-        if not WEIGHTS.is_dir():
-            raise FileNotFoundError(
-                "the embedded miniature has no weights yet; name the folder of a checkpoint (--model)"
-            )
         return WEIGHTS
     if Path(path).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
         return Path(path)

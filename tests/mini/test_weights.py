@@ -1,4 +1,4 @@
-"""The weights in the package: small, whole, and they draw what they are told."""
+"""The weights in the package: small, whole, and they draw what they are told as often as their card says."""
 
 import os
 import subprocess
@@ -18,12 +18,10 @@ from kolors_ref.mini.judge import judge
 from kolors_ref.mini.prompts import mini_prompts
 
 MEGABYTE = 1_000_000
-SCORE = 0.8
-"""What a sample of 40 prompts scores at least."""
+SCORE = 0.25
+"""What a sample of 40 prompts scores at least: the model card has 0.46 and 0.43 for all 240."""
 ASKED = ("一个红色的圆形在蓝色方块的左边", "a red circle to the left of a blue square")
 CLAIM = Claim((Description("circle", "red"), Description("square", "blue")), (Relation(0, "left of", 1),))
-
-pytestmark = pytest.mark.skipif(not WEIGHTS.is_dir(), reason="the embedded miniature has no weights yet")
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +48,7 @@ def test_the_sampler_is_the_one_they_ask_for(pipe):
 
 
 @pytest.mark.parametrize("language", ["zh", "en"])
-def test_most_pictures_are_right(pipe, language):
+def test_as_many_pictures_are_right_as_the_card_says(pipe, language):
     """A sample of MiniPrompts, four of each category; the model card has all."""
     prompts = [prompt for prompt in mini_prompts(language) if prompt.number // 2 % 24 % 6 == 0]
     report = evaluate(draw(pipe), prompts)

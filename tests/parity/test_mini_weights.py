@@ -15,8 +15,6 @@ from weights_conversion import convert
 
 PROMPTS = ["一个红色的圆形在蓝色方块的左边", "two green stars", "", "a striped yellow triangle on a black background"]
 
-pytestmark = pytest.mark.skipif(not WEIGHTS.is_dir(), reason="the embedded miniature has no weights yet")
-
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
