@@ -47,11 +47,10 @@ def sample_embeddings(tokenizer: Tokenizer, text_encoder: GLMEncoder, seed: int)
     """The embeddings of the tokens of some captions, (N, D), of a pad of each, and the pooled ones, (CAPTIONS, D)."""
     words, pads, pooled = [], [], []
     for start in range(0, CAPTIONS, 32):
-        captions = [example(seed, number).caption for number in range(start, start + 32)]
-        text = packed_layout(tokenizer(captions)).encode(text_encoder)
+        tokens = tokenizer([example(seed, number).caption for number in range(start, start + 32)])
+        text = packed_layout(tokens).encode(text_encoder)
         pooled.append(text.pooled)
-        for row, caption in zip(text.sequence, captions, strict=True):
-            length = len(tokenizer.encode(caption))
+        for row, length in zip(text.sequence, tokens.attention_mask.sum(1).tolist(), strict=True):
             words.append(row[-length:])
             pads.append(row[-length - 1])
     return torch.cat(words), torch.stack(pads), torch.cat(pooled)
@@ -99,5 +98,4 @@ def start_as_identity(unet: UNet) -> None:
             unet.conv_in.weight[4 * x + i, x, 1, 1] = sign * x_scale
             unet.conv_in.bias[4 * x + 2 + i] = sign
             unet.conv_out.weight[x, 4 * x + i, 1, 1] = sign * norm / x_scale
-    for channel in range(carried):
-        last.skip.weight[channel, channels + channel, 0, 0] = 1.0
+    last.skip.weight[:carried, channels : channels + carried, 0, 0] = torch.eye(carried)

@@ -108,10 +108,10 @@ class Run:
 
     def denoiser(self, text_encoder: GLMEncoder, vae: VAE) -> nn.Module:
         """The UNet: concept learning on the broad mix, then quality tuning on the clean subset."""
-        schedule = NoiseSchedule(self.recipe.schedule)
+        schedule, tokenizer = NoiseSchedule(self.recipe.schedule), self.tokenizer()
         loss = self.seeded(lambda: DenoisingLoss(sizes.UNET, schedule))
         if not self.weights(self.recipe.unet).is_file():
-            first_weights(loss.unet, self.tokenizer(), text_encoder, self.recipe.seed)
+            first_weights(loss.unet, tokenizer, text_encoder, self.recipe.seed)
         for stage, clean, count in (
             (self.recipe.unet, False, self.recipe.scenes),
             (self.recipe.unet_tuning, True, self.recipe.clean_scenes),
@@ -129,7 +129,7 @@ class Run:
                 clean,
                 self.recipe.dense_share,
                 self.recipe.schedule.num_train_timesteps,
-                self.tokenizer(),
+                tokenizer,
                 text_encoder,
             )
             loss = self.stage(stage, loss, batches)

@@ -30,10 +30,10 @@ HERE = Processes(0, 1, torch.device("cpu"))
 LEARNING = Recipe(
     tokenizer_captions=1500,
     glm=Stage("glm", 25, 8, 1e-2, 1e-3, warmup=5),
-    vae=Stage("vae", 30, 4, 1e-2, 3e-3, warmup=2),
+    vae=Stage("vae", 40, 4, 1e-2, 3e-3, warmup=2),
     vae_whole=Stage("vae-whole", 10, 4, 3e-3, 1e-4, warmup=2),
     unet=Stage("unet", 20, 4, 2e-3, 1e-3, matrix_rate=2e-3, warmup=5),
-    unet_tuning=Stage("unet-tuning", 15, 4, 2e-3, 1e-4, warmup=5),
+    unet_tuning=Stage("unet-tuning", 40, 4, 5e-4, 5e-5, matrix_rate=1e-3, warmup=5),
     scenes=64,
     clean_scenes=32,
 )
@@ -174,7 +174,7 @@ def test_the_second_stage_of_the_autoencoder_goes_further(learnt):
     torch.manual_seed(LEARNING.seed)  # the weights that it started from
     with torch.no_grad():
         untrained = AutoencoderLoss(VAE)(*crops).item()
-    assert loss_of(learnt, "vae", module, crops) < 0.9 * untrained
+    assert loss_of(learnt, "vae", module, crops) < 0.8 * untrained
 
 
 def test_quality_tuning_goes_further_on_clean_pictures(learnt):
