@@ -64,13 +64,12 @@ def load_parts(
     carrier = make_carrier(offload, device)
     # A CPU is no faster in fp16, in which the autoencoder's activations may overflow; elsewhere see decoding.py.
     vae_dtype = torch.float32 if dtype == torch.float16 and device.type == "cpu" else dtype
-    vae = load_network(networks["vae"], vae_dtype, device)
     config, sampler = read_scheduler_config(checkpoint.scheduler)
     return Parts(
         tokenizer=tokenizer,
         text_encoder=load_network(networks["text_encoder"], dtype, device, carrier),
         unet=load_network(networks["unet"], dtype, device, carrier),
-        vae=vae.to(memory_format=memory_format(vae.quant_conv.weight)),
+        vae=load_network(networks["vae"], vae_dtype, device),
         schedule=NoiseSchedule(config),
         sampler=sampler,
         zero_empty_negative=checkpoint.force_zeros_for_empty_prompt,
@@ -83,7 +82,8 @@ def load_network(
 ) -> nn.Module:
     """Builds a network and gives it its tensors, in place in the mapped file where type and device allow it.
 
-    With a carrier they stay in the file until they are used, and are looked at then.
+    Only the weights of convolutions are copied, to be laid out channels-last: 1.4 GB of the official UNet in bf16. With
+    a carrier all stay in the file until they are used, and are looked at then.
 
     Raises:
         ValueError: a tensor has the wrong shape or format, or holds NaN or infinity, or the config fits no network.
@@ -113,6 +113,8 @@ def load_network(
             check(name, tensor)
             state[name] = tensor.to(device=device, dtype=dtype)
         module.load_state_dict(state, assign=True)
+        layout = memory_format(module.quant_conv.weight) if isinstance(module, VAE) else torch.channels_last
+        module.to(memory_format=layout)
     return module.eval().requires_grad_(False)
 
 

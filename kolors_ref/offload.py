@@ -45,6 +45,11 @@ class Weight:
     absent: Tensor
 
     @property
+    def is_convolution(self) -> bool:
+        """Whether it is to be laid out channels-last."""
+        return self.stored.ndim == 4
+
+    @property
     def num_bytes(self) -> int:
         """On the device, up to where the next weight in a buffer may begin."""
         return math.ceil(self.stored.numel() * self.absent.element_size() / ALIGNMENT) * ALIGNMENT
@@ -75,10 +80,12 @@ class Unit:
         self.checked = True
 
     def arrive(self) -> None:
-        """Brings the weights; on a CPU those already in the right type are used in place."""
+        """Brings the weights; on a CPU those already in the right type and layout are used in place."""
         self.check_once()
         for weight in self.weights:
-            weight.parameter.data = weight.stored.to(weight.absent.device, weight.absent.dtype)
+            layout = torch.channels_last if weight.is_convolution else torch.preserve_format
+            place = {"device": weight.absent.device, "dtype": weight.absent.dtype}
+            weight.parameter.data = weight.stored.to(**place, memory_format=layout)
 
     def leave(self) -> None:
         """Drops the weights from the device."""
@@ -151,7 +158,12 @@ class Slot:
         start = 0
         for weight in self.holds.weights:
             size = weight.stored.numel() * weight.absent.element_size()
-            yield half[start : start + size].view(weight.absent.dtype).view(weight.absent.shape)
+            place = half[start : start + size].view(weight.absent.dtype)
+            if weight.is_convolution:
+                out_channels, in_channels, *kernel = weight.absent.shape
+                yield place.view(out_channels, *kernel, in_channels).movedim(-1, 1)
+            else:
+                yield place.view(weight.absent.shape)
             start += weight.num_bytes
 
 

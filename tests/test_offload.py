@@ -270,7 +270,7 @@ def test_one_network_at_a_time(checkpoint_copy):
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="looks at /proc/self/maps")
 @pytest.mark.parametrize("mode", MODES)
 def test_the_right_type_is_used_in_place(small_checkpoint, mode):
-    """On a CPU, weights of the type to compute in are those in the file's own mapping: no copy at all."""
+    """On a CPU, weights of the type to compute in are those in the file's own mapping, but for convolutions' layout."""
     pipe = KolorsPipeline.from_pretrained(small_checkpoint, offload=mode)
     lines = [line for line in Path("/proc/self/maps").read_text().splitlines() if str(small_checkpoint) in line]
     mappings = [[int(address, 16) for address in line.split()[0].split("-")] for line in lines]
@@ -278,11 +278,13 @@ def test_the_right_type_is_used_in_place(small_checkpoint, mode):
     for network in (pipe.text_encoder, pipe.unet):
         for module in network.modules():
             module.register_forward_hook(
-                lambda module, *rest: places.extend(p.data_ptr() for p in module.parameters(recurse=False)),
+                lambda module, *rest: places.extend(
+                    p.data_ptr() for p in module.parameters(recurse=False) if p.ndim < 4
+                ),
                 prepend=True,
             )
     draw(pipe)
-    assert len(places) > 300
+    assert len(places) > 250
     assert all(any(low <= place < high for low, high in mappings) for place in places)
 
 

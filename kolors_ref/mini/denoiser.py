@@ -37,6 +37,8 @@ EVEN_VARIANCE = 10.0
 
 The error in the noise falls as 1 / (10 + variance); evened out, all levels count alike (Karras et al. 2022, section 5).
 """
+GOLDEN = (5**0.5 - 1) / 2
+"""Multiples of the golden ratio, modulo 1, are spread evenly: so are the levels of noise of every batch."""
 SHARD = 2048
 """Pictures whose latents are in one file."""
 
@@ -145,7 +147,7 @@ def denoising_batches(
         for number in numbers:
             rng = generator(seed + 3, number)
             captions.append(new_caption(seed, number % len(cached.latents), clean, dense_share, rng))
-            timesteps.append(int(rng.random() * num_timesteps))
+            timesteps.append(int(number * GOLDEN % 1 * num_timesteps))
             noises.append(unit_noise(seed, number, tuple(cached.latents.shape[1:])))
         rows = [number % len(cached.latents) for number in numbers]
         original = torch.where(cached.small[rows], CANVAS / 2, float(CANVAS))

@@ -48,7 +48,7 @@ SCHEDULER = {
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage of training, with a linear warm-up and a cosine decay of the learning rate.
+    """One stage of training. The learning rate rises linearly, stays, and falls as a cosine (Hu et al. 2024, 4).
 
     Attributes:
         name: of the stage, and of its files.
@@ -59,6 +59,7 @@ class Stage:
             falls as the other does. None leaves them to AdamW.
         weight_decay: of both.
         warmup: steps.
+        cooldown: the share of the steps, the last of them, over which the learning rate falls.
         ema_decay: of the moving average of the weights, which is what a stage gives.
         save_every: steps between checkpoints.
     """
@@ -71,13 +72,15 @@ class Stage:
     matrix_rate: float | None = None
     weight_decay: float = 0.01
     warmup: int = 100
+    cooldown: float = 1.0
     ema_decay: float = 0.999
     save_every: int = 200
 
     def decay_at(self, step: int) -> float:
         """What the learning rates are multiplied by at a step, counted from 0."""
-        last, progress = self.final_learning_rate / self.learning_rate, min(1.0, step / max(1, self.steps))
-        decayed = last + (1 - last) * 0.5 * (1 + math.cos(math.pi * progress))
+        last = self.final_learning_rate / self.learning_rate
+        remaining = min(1.0, max(0, self.steps - step) / max(1, self.steps * self.cooldown))
+        decayed = last + (1 - last) * 0.5 * (1 + math.cos(math.pi * (1 - remaining)))
         return decayed * min(1.0, (step + 1) / max(1, self.warmup))
 
     def scaled(self, factor: float) -> "Stage":
@@ -108,8 +111,8 @@ class Recipe:
     glm: Stage = Stage("glm", 2500, 32, 1.5e-3, 1e-5, weight_decay=0.1)
     vae: Stage = Stage("vae", 5500, 24, 2e-3, 2e-4)
     vae_whole: Stage = Stage("vae-whole", 1000, 4, 2e-4, 1e-6)
-    unet: Stage = Stage("unet", 7600, 32, 1e-3, 1e-4, matrix_rate=2e-3)
-    unet_tuning: Stage = Stage("unet-tuning", 800, 32, 1e-4, 1e-6, matrix_rate=2e-4)
+    unet: Stage = Stage("unet", 24000, 64, 1e-3, 1e-4, matrix_rate=2e-3, cooldown=0.25, ema_decay=0.9995)
+    unet_tuning: Stage = Stage("unet-tuning", 800, 64, 1e-4, 1e-6, matrix_rate=2e-4)
     scenes: int = 49152
     clean_scenes: int = 12288
     schedule: ScheduleConfig = SCHEDULE

@@ -164,12 +164,9 @@ def our_unet(folder: Path, job: Job) -> Call:
 
 
 def our_vae(folder: Path, job: Job) -> Call:
-    """The decoder, in the number and memory format that our pipeline gives it."""
-    from kolors_ref.models.vae import memory_format
-
+    """The decoder, in the number format that our pipeline gives it."""
     dtype = "float32" if job.dtype == "float16" else job.dtype
     vae = load_ours(folder, "vae", replace(job, dtype=dtype))
-    vae = vae.to(memory_format=memory_format(vae.quant_conv.weight))
     return lambda side: vae.decode(noise(1, 4, side // 8, side // 8, seed=4).to(job.device, getattr(torch, dtype)))
 
 

@@ -18,16 +18,12 @@ from .contestants import load_picture, load_stage
 from .jobs import STEPS, Job
 from .machine import PeakMemory, synchronise
 
-WARM_UP_SIDE = 256
-"""Side that a CPU is warmed up on: it touches every weight in a fraction of the time."""
-
 
 def measure_stage(job: Job, folder: Path) -> tuple[dict[str, float], Tensor]:
-    """Times one call after a warm-up."""
+    """Times one call after another just like it; of the yardstick only the output counts."""
     call = load_stage(folder, job)
-    reduced = job.device == "cpu" and not job.compiled and job.contestant != "float32"
     if job.contestant != "float32":
-        call(min(job.side, WARM_UP_SIDE) if reduced else job.side)
+        call(job.side)
     synchronise(job.device)
     start = time.perf_counter()
     output = call(job.side)
