@@ -13,7 +13,7 @@ from weights_conversion.checkpoint import Checkpoint, Network
 
 from .config import GLMConfig, UNetConfig, VAEConfig
 from .models.glm import GLMEncoder
-from .models.unet import UNet
+from .models.unet import TransformerBlock, UNet
 from .models.vae import VAE, memory_format
 from .offload import Carrier, let_rest, make_carrier
 from .sampling import NoiseSchedule, Sampler, read_scheduler_config
@@ -48,6 +48,7 @@ def load_parts(
     variant: str | None = None,
     unet: str | Path | None = None,
     offload: str = "none",
+    compile: bool = False,
 ) -> Parts:
     """Loads a checkpoint of any layout; see `KolorsPipeline.from_pretrained` for the arguments and errors."""
     checkpoint = open_checkpoint(find_folder(path, variant), variant)
@@ -62,13 +63,20 @@ def load_parts(
         raise ValueError(f"dtype is {dtype!r}; it must be one of {', '.join(map(str, FORMATS))}")
     dtype = dtype or default_dtype(networks["unet"], device)
     carrier = make_carrier(offload, device)
+    if compile and carrier is not None:
+        raise ValueError(
+            f"compile=True needs the weights to stay on the device; it does not go with offload={offload!r}"
+        )
     # A CPU is no faster in fp16, in which the autoencoder's activations may overflow; elsewhere see decoding.py.
     vae_dtype = torch.float32 if dtype == torch.float16 and device.type == "cpu" else dtype
     config, sampler = read_scheduler_config(checkpoint.scheduler)
+    denoiser = load_network(networks["unet"], dtype, device, carrier)
+    if compile:
+        compile_blocks(denoiser)
     return Parts(
         tokenizer=tokenizer,
         text_encoder=load_network(networks["text_encoder"], dtype, device, carrier),
-        unet=load_network(networks["unet"], dtype, device, carrier),
+        unet=denoiser,
         vae=load_network(networks["vae"], vae_dtype, device),
         schedule=NoiseSchedule(config),
         sampler=sampler,
@@ -116,6 +124,13 @@ def load_network(
         layout = memory_format(module.quant_conv.weight) if isinstance(module, VAE) else torch.channels_last
         module.to(memory_format=layout)
     return module.eval().requires_grad_(False)
+
+
+def compile_blocks(unet: UNet) -> None:
+    """Has torch compile the transformer blocks, when they are first called; those of one size share their code."""
+    for module in unet.modules():
+        if isinstance(module, TransformerBlock):
+            module.compile()
 
 
 def check_numbers(tensor: Tensor, what: str) -> None:

@@ -114,6 +114,7 @@ class KolorsPipeline:
         variant: str | None = None,
         unet: str | Path | None = None,
         offload: str = "none",
+        compile: bool = False,
     ) -> "KolorsPipeline":
         """Loads a checkpoint; weights already in the wanted type stay in the memory-mapped file on a CPU.
 
@@ -128,13 +129,15 @@ class KolorsPipeline:
                 device one at a time, while it works. "stream": in the file, and on the device block by block, for
                 machines whose memory holds neither. The pictures are the same; the autoencoder and the networks of
                 image prompts are always on the device. A weight of another type than dtype is cast every time.
+            compile: whether torch compiles the UNet's transformer blocks while the first picture is made, for the next
+                ones to be faster; not with offload, and on a CPU a C++ compiler is needed.
 
         Raises:
             FileNotFoundError: a file or folder is missing.
             ValueError: something in a file is damaged, does not fit, or asks for what is not supported; a damaged
                 weight that is offloaded is found when it is used first.
         """
-        return cls(**vars(load_parts(path, dtype, device, variant, unet, offload)))
+        return cls(**vars(load_parts(path, dtype, device, variant, unet, offload, compile)))
 
     @property
     def dtype(self) -> torch.dtype:

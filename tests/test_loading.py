@@ -110,6 +110,22 @@ def test_every_layout_is_the_same_pipeline_without_a_copy(small_checkpoint, smal
     assert not any(getattr(pipe, network).training for network in NETWORKS)
 
 
+@pytest.mark.skipif(shutil.which("g++") is None, reason="compiling for a CPU needs g++")
+def test_compiled_blocks_draw_the_same_picture(small_checkpoint, small_pipe):
+    """One graph for the transformer blocks of each of the two resolutions; weights keep their names."""
+    torch._dynamo.reset()
+    counted = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    pipe = KolorsPipeline.from_pretrained(small_checkpoint, compile=True)
+    assert torch.allclose(draw(pipe), draw(small_pipe), rtol=0, atol=1e-5)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] - counted == 2
+    assert list(pipe.unet.state_dict()) == list(small_pipe.unet.state_dict())
+
+
+def test_compiling_does_not_go_with_offload(small_checkpoint):
+    with pytest.raises(ValueError, match="offload='stream'"):
+        KolorsPipeline.from_pretrained(small_checkpoint, offload="stream", compile=True)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="looks at /proc/self/status")
 def test_memory_while_loading(checkpoint_copy):
     """100 MB of weights cost no memory of the process's own; cast to half, they cost half."""
