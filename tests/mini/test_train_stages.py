@@ -1,13 +1,14 @@
 """The stages of training, one by one: what they learn from and what their losses are, with tiny networks."""
 
 from dataclasses import replace
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 
 from kolors_ref.config import GLMConfig, ScheduleConfig, UNetConfig, VAEConfig
-from kolors_ref.mini import denoiser, recipe, train
+from kolors_ref.mini import denoiser, language_model, recipe, train
 from kolors_ref.mini.autoencoder import CROP, AutoencoderLoss, picture_batches, whole_pictures
 from kolors_ref.mini.data import example
 from kolors_ref.mini.denoiser import DenoisingLoss, Latents, cache_latents, denoising_batches, new_caption
@@ -18,6 +19,7 @@ from kolors_ref.mini.scenes import generator
 from kolors_ref.mini.tokenizer_training import train_tokenizer
 from kolors_ref.mini.vocabulary import CHINESE
 from kolors_ref.mini.world import COLOURS, HELD_OUT_COLOURS, HELD_OUT_TEXTURES, SHAPES
+from kolors_ref.models import glm
 from kolors_ref.sampling import NoiseSchedule
 from kolors_ref.text_layout import packed_layout
 from kolors_ref.tokenizer import Tokenizer
@@ -114,53 +116,95 @@ def test_what_is_not_known_falls_back_to_bytes_and_comes_back(tokenizer, text):
 
 
 @pytest.fixture(scope="module")
-def language_model():
+def small_model():
     return seeded(LanguageModel, GLM).double()
 
 
-def test_the_loss_of_a_batch_is_the_mean_over_its_captions(tokenizer, language_model):
+def captions(tokenizer, ids):
+    """The captions of each row of a batch."""
+    end, texts = tokenizer.special_ids["eop"], []
+    for row in ids.tolist():
+        stops = [place for place, token in enumerate([*row, end]) if token == end]
+        texts.append(
+            [tokenizer.model.decode(row[i:j]) for i, j in zip([2, *(n + 1 for n in stops)], stops, strict=False)]
+        )
+    return texts
+
+
+def test_a_text_says_the_same_in_three_ways(tokenizer, monkeypatch):
+    ids, _ = caption_batches(tokenizer, seed=0)(range(40))
+    texts = [text[:3] for text in captions(tokenizer, ids)]
+    assert sum(len(set(text)) == 3 and all(text) for text in texts) > 30
+    assert {text[0].isascii() for text in texts} == {True, False}
+    monkeypatch.setattr(
+        language_model, "word", lambda claim, *rest: f"{sorted(map(hash, claim.things))}{claim.background}"
+    )
+    ids, _ = caption_batches(tokenizer, seed=0)(range(40))
+    said = [text[:3] for text in captions(tokenizer, ids)]
+    assert all(len(set(text)) == 1 for text in said)
+    assert len({text[0] for text in said}) == 40
+
+
+def test_the_first_layer_looks_back(tokenizer):
+    """Head h of an untrained model attends most to the token h + 1 back, wherever it stands."""
+    model, seen = seeded(LanguageModel, GLM), []
+    attention = model.encoder.layers[0].attn
+    with mock.patch.object(glm.F, "scaled_dot_product_attention", side_effect=RuntimeError) as attend:
+        with pytest.raises(RuntimeError):
+            model(*caption_batches(tokenizer, seed=0)(range(2)))
+        (q, k, _), bias = attend.call_args.args, attend.call_args.kwargs["attn_mask"]
+    k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+    weights = (q @ k.mT / q.shape[-1] ** 0.5 + bias).softmax(-1)
+    for head in range(GLM.num_heads):
+        rows = torch.arange(head + 1, q.shape[2])
+        seen.append(weights[:, head, rows, rows - head - 1].mean().item())
+        assert (weights[:, head, rows].argmax(-1) == rows - head - 1).double().mean() > 0.9
+    assert min(seen) > 0.4
+    assert attention.qkv.bias[-1] == 0
+
+
+def test_the_loss_of_a_batch_is_the_mean_over_its_captions(tokenizer, small_model):
     batches = caption_batches(tokenizer, seed=0)
     lengths = [batches(range(number, number + 1))[0].shape[1] for number in range(6)]
     assert len(set(lengths)) > 2
-    singles = [language_model(*batches(range(number, number + 1))).item() for number in range(6)]
-    assert language_model(*batches(range(6))).item() == pytest.approx(np.mean(singles), rel=1e-6)
-    halves = [language_model(*batches(range(rank, 6, 2))).item() for rank in range(2)]
+    singles = [small_model(*batches(range(number, number + 1))).item() for number in range(6)]
+    assert small_model(*batches(range(6))).item() == pytest.approx(np.mean(singles), rel=1e-6)
+    halves = [small_model(*batches(range(rank, 6, 2))).item() for rank in range(2)]
     assert np.mean(halves) == pytest.approx(np.mean(singles), rel=1e-6)
 
 
-def test_the_loss_is_that_of_the_next_token_after_the_prefix(tokenizer, language_model):
+def test_the_loss_is_that_of_the_next_token_after_the_prefix(tokenizer, small_model):
     ids, targets = caption_batches(tokenizer, seed=0)(range(3, 4))
-    prompt = tokenizer.encode(example(0, 3).caption)
-    assert ids[0, : len(prompt)].tolist() == prompt
     row = [*ids[0].tolist(), tokenizer.special_ids["eop"]]
+    assert row[:2] == tokenizer.prefix
     assert targets.tolist() == [[IGNORED, *row[2:]]]
     length = len(row) - 1
     mask = torch.full((1, length, length), -torch.inf).triu(1)
     positions = torch.arange(length)[None]
-    hidden = language_model.encoder(ids, positions, mask, positions)[1]
-    logits = (language_model.final_norm(hidden) @ language_model.lm_head.weight.T)[0, 1:].log_softmax(-1)
+    hidden = small_model.encoder(ids, positions, mask, positions)[1]
+    logits = (small_model.final_norm(hidden) @ small_model.lm_head.weight.T)[0, 1:].log_softmax(-1)
     expected = -np.mean([logits[place, token].item() for place, token in enumerate(row[2:])])
-    assert language_model(ids, targets).item() == pytest.approx(expected, rel=1e-6)
+    assert small_model(ids, targets).item() == pytest.approx(expected, rel=1e-6)
 
 
-def test_a_later_token_changes_no_earlier_loss(tokenizer, language_model):
+def test_a_later_token_changes_no_earlier_loss(tokenizer, small_model):
     ids, targets = caption_batches(tokenizer, seed=0)(range(1))
     targets[:, -4:] = IGNORED
     changed = ids.clone()
     changed[:, -4:] = (changed[:, -4:] + 7) % 500
-    assert torch.equal(language_model(ids, targets), language_model(changed, targets))
+    assert torch.equal(small_model(ids, targets), small_model(changed, targets))
     changed[:, 3] += 1
-    assert not torch.equal(language_model(ids, targets), language_model(changed, targets))
+    assert not torch.equal(small_model(ids, targets), small_model(changed, targets))
 
 
-def test_training_sees_tokens_as_the_pipeline_shows_them(tokenizer, language_model):
+def test_training_sees_tokens_as_the_pipeline_shows_them(tokenizer, small_model):
     """Filled up on the right in training, on the left in use: the embeddings of a caption's tokens are the same."""
     ids, _ = caption_batches(tokenizer, seed=0)(range(2))
     length = ids.shape[1]
     positions, mask = torch.arange(length).expand(2, -1), torch.full((2, length, length), -torch.inf).triu(1)
-    ours = language_model.encoder(ids, positions, mask, positions)[0]
-    for row, caption in enumerate([example(0, 0).caption, example(0, 1).caption]):
-        used = packed_layout(tokenizer([caption])).encode(language_model.encoder).sequence
+    ours = small_model.encoder(ids, positions, mask, positions)[0]
+    for row, caption in enumerate(text[0] for text in captions(tokenizer, ids)):
+        used = packed_layout(tokenizer([caption])).encode(small_model.encoder).sequence
         count = len(tokenizer.encode(caption))
         torch.testing.assert_close(ours[row, :count], used[0, -count:], rtol=1e-9, atol=1e-9)
 
@@ -200,7 +244,7 @@ def latents_of(count):
 
 
 @pytest.fixture(scope="module")
-def batches(tokenizer, language_model):
+def batches(tokenizer, small_model):
     encoder = seeded(LanguageModel, GLM).encoder
     return denoising_batches(latents_of(20), 0, False, 0.5, 1100, tokenizer, encoder)
 
