@@ -1,7 +1,7 @@
 """Text to pictures: the one place where tokenizer, networks, sampler and guidance meet."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from itertools import chain, count
 from pathlib import Path
 from typing import Any
@@ -14,67 +14,22 @@ from torch import Tensor, nn
 from . import lora
 from .arguments import check_finite, check_latents, check_output_type, check_side
 from .decoding import decode_tiled, without_overflow
+from .denoising import Denoising
 from .image_prompts import Adapter, encode_pictures, image_layers, load_adapter
 from .images import Pictures, from_pixels, to_pixels
 from .loading import load_parts
 from .models.glm import GLMEncoder
-from .models.unet import Context, UNet
+from .models.unet import UNet, select
 from .models.vae import VAE
 from .request import Request
-from .sampling import NoiseSchedule, Plan, Sampler, Step, get_sampler
-from .sampling.guidance import classifier_free_guidance, is_guided
+from .sampling import NoiseSchedule, Plan, Sampler, get_sampler
 from .sampling.noise import draw_noise
-from .sampling.protocol import DrawNoise
 from .text_layout import TextEmbeddings, concatenate, packed_layout, padded_layout
 from .tokenizer import MAX_LENGTH, Tokenizer
 
 Output = list[Image.Image] | np.ndarray | Tensor
 BLACK = 1 / 255 - 1
 """The brightest pixel that becomes black when it is rounded to one of 256 values."""
-
-
-@dataclass(frozen=True)
-class Denoising:
-    """The denoising loop, ready to run: iterating over it removes the noise, one `Step` at a time.
-
-    Its length is the number of steps to run. It can be run several times; only the sampler's and the generator's noise
-    differs then.
-
-    Attributes:
-        latents: where it starts, (B, 4, H/8, W/8).
-        guidance_scale: 1 for a context of B rows, more for one of 2 B, negative prompts first.
-        guidance_interval: see `Request`.
-    """
-
-    unet: UNet
-    context: Context
-    sampler: Sampler
-    plan: Plan | None
-    latents: Tensor
-    guidance_scale: float
-    guidance_interval: tuple[float, float] | None
-    draw_noise: DrawNoise
-
-    def __len__(self) -> int:
-        return 0 if self.plan is None else self.plan.num_steps - self.plan.begin
-
-    def __iter__(self) -> Iterator[Step]:
-        if self.plan is None:
-            return
-        for step in self.sampler.run(self.predict, self.latents, self.plan, self.draw_noise):
-            check_finite(step.latents, f"step {step.index} of the denoising loop (the UNet)")
-            yield step
-
-    @torch.no_grad()
-    def predict(self, latents: Tensor, timestep: Tensor) -> Tensor:
-        """Predicts the guided noise in latents (B, 4, H/8, W/8), which the sampler has scaled for the network."""
-        inputs = latents.to(self.unet.conv_in.weight.dtype)
-        if self.guidance_scale <= 1:
-            return self.unet(inputs, timestep, self.context).to(latents.dtype)
-        if self.guidance_interval and not is_guided(timestep, self.plan.timesteps, self.guidance_interval):
-            return self.unet(inputs, timestep, self.context[len(inputs) :]).to(latents.dtype)
-        noise_pred = self.unet(torch.cat([inputs, inputs]), timestep, self.context).to(latents.dtype)
-        return classifier_free_guidance(noise_pred, self.guidance_scale)
 
 
 class KolorsPipeline:
@@ -150,6 +105,14 @@ class KolorsPipeline:
         return self.unet.conv_in.weight.device
 
     @property
+    def apart(self) -> bool:
+        """Whether every picture is computed by itself, so that its rounding does not hang on what else is in the call.
+
+        It is in fp32 and fp64, the formats for comparing numbers; together is faster.
+        """
+        return self.dtype in (torch.float32, torch.float64)
+
+    @property
     def factor(self) -> int:
         """Pixels along one side of a latent."""
         return self.vae.config.downscale
@@ -163,10 +126,12 @@ class KolorsPipeline:
     def encode_packed(self, prompts: Sequence[str], max_sequence_length: int = MAX_LENGTH) -> TextEmbeddings:
         """Encodes N prompts in one pass, every distinct prompt once and without repeating its pads.
 
-        Equal to `encode_prompt` in real arithmetic; see text_layout.py.
+        Equal to `encode_prompt` in real arithmetic; see text_layout.py. Where pictures are computed apart, prompts are.
         """
         distinct = list(dict.fromkeys(prompts))
-        embeds = packed_layout(self.tokenizer(distinct, max_sequence_length)).encode(self.text_encoder)
+        passes = [[prompt] for prompt in distinct] if self.apart else [distinct]
+        layouts = [packed_layout(self.tokenizer(texts, max_sequence_length)) for texts in passes]
+        embeds = concatenate([layout.encode(self.text_encoder) for layout in layouts])
         return embeds[[distinct.index(prompt) for prompt in prompts]]
 
     def load_ip_adapter(
@@ -283,7 +248,11 @@ class KolorsPipeline:
         images = image_layers(adapters, request, self.unet, height, width, self.factor)
         text = self._embed(request)
         text = text[torch.arange(len(text.pooled)).repeat_interleave(request.num_images_per_prompt)]
-        context = self.unet.prepare(text.sequence, text.pooled, sizes, text.key_bias).add(images)
+        calls = [slice(i, None, request.num_images) for i in range(request.num_images)] if self.apart else [slice(None)]
+        contexts = [
+            self.unet.prepare(part.sequence, part.pooled, sizes[rows], part.key_bias).add(select(images, rows))
+            for rows, part in ((rows, text[rows]) for rows in calls)
+        ]
 
         shape = (request.num_images, self.unet.config.in_channels, height // self.factor, width // self.factor)
         if image is not None:
@@ -295,7 +264,7 @@ class KolorsPipeline:
         noise_dtype = torch.promote_types(self.dtype, torch.float32)
         draw = lambda: draw_noise(shape, request.generator, self.device, noise_dtype)
         return Denoising(
-            self.unet, context, sampler, plan, latents, request.guidance_scale, request.guidance_interval, draw
+            self.unet, contexts, sampler, plan, latents, request.guidance_scale, request.guidance_interval, draw
         )
 
     @torch.no_grad()

@@ -207,7 +207,7 @@ def test_scales_of_the_official_unet():
 def test_layers_of_scale_zero_hold_no_keys(two):
     """Nothing is looked at there; elsewhere the text, then the adapters' pictures."""
     scale = [{"mid": 0.5}, {"down": 2.0}]
-    context = two.denoise(**arguments(ip_adapter_image=[picture()] * 2, ip_adapter_scale=scale)).context
+    (context,) = two.denoise(**arguments(ip_adapter_image=[picture()] * 2, ip_adapter_scale=scale)).contexts
     assert count_cross_attentions(UNET) == (3, 2, 6)
     assert [len(layer) for layer in context.layers] == [2] * 3 + [2] * 2 + [1] * 6
     assert [layer[-1].weight for layer in context.layers] == [2.0] * 3 + [0.5] * 2 + [None] * 6
@@ -234,10 +234,11 @@ def test_the_branch_of_nothing_is_pixels_of_zero(one):
 def test_rows_of_the_context(one):
     """Negative rows first; every prompt and picture of a branch looks at the same keys."""
     given = {"ip_adapter_image": picture(), "num_images_per_prompt": 2, "prompts": 2}
-    key = one.denoise(**arguments(**given)).context.layers[0][1].key
-    alone = one.denoise(**arguments(**given, guidance_scale=1.0)).context.layers[0][1].key
-    assert key.shape[0] == 8
+    keys = lambda **more: [c.layers[0][1].key for c in one.denoise(**arguments(**given, **more)).contexts]
+    pictures, alone = keys(), torch.cat(keys(guidance_scale=1.0))
+    assert [len(key) for key in pictures] == [2] * 4
     assert alone.shape[0] == 4
+    key = torch.cat([key[i : i + 1] for i in range(2) for key in pictures])
     assert torch.equal(key[:4], key[:1].expand(4, -1, -1, -1))
     assert torch.equal(key[4:], key[4:5].expand(4, -1, -1, -1))
     assert torch.allclose(key[4:], alone, atol=1e-6)

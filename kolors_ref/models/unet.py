@@ -56,10 +56,13 @@ class Context:
 
     def __getitem__(self, rows: slice) -> "Context":
         """Selects rows of the batch, such as the positive half; copies nothing."""
-        # A tensor of one row is shared by all.
-        take = lambda part: part[rows] if isinstance(part, Tensor) and len(part) > 1 else part
-        layers = tuple(tuple(KeyValue(*map(take, seen)) for seen in layer) for layer in self.layers)
-        return Context(self.embedding[rows], layers)
+        return Context(self.embedding[rows], select(self.layers, rows))
+
+
+def select(layers: Sequence[Sequence[KeyValue]], rows: slice) -> tuple[tuple[KeyValue, ...], ...]:
+    """Selects rows of the batch of what cross-attentions look at; a tensor of one row is shared by all."""
+    take = lambda part: part[rows] if isinstance(part, Tensor) and len(part) > 1 else part
+    return tuple(tuple(KeyValue(*map(take, seen)) for seen in layer) for layer in layers)
 
 
 def sinusoid(values: Tensor, dim: int) -> Tensor:

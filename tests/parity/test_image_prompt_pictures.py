@@ -277,7 +277,7 @@ def test_the_guided_unet_in_float64(folder, make_oracle, scale, masked):
             },
             cross_attention_kwargs={"ip_adapter_masks": masks} if masked else None,
         ).sample
-        assert_parity(pipe.unet(latents, 500, denoising.context), theirs)
+        assert_parity(pipe.unet(latents, 500, denoising.contexts[0]), theirs)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
