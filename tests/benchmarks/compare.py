@@ -241,7 +241,8 @@ def render(args: argparse.Namespace, store: Store, jobs: list[Job]) -> tuple[str
         sections.append(report.stage_table(results, stages, args.compile))
     if pictures:
         sections.append(report.picture_table(results, pictures, args.compile))
-    said, apart = report.agreement(results, pictures, args.compile)
+    judged = args.size == "small" or args.dtype == "float32"
+    said, apart = report.agreement(results, pictures, args.compile, judged)
     stored = open_checkpoint(args.folder).networks["unet"].tensors["conv_in.weight"].dtype
     in_place = stored == getattr(torch, args.dtype)
     return "\n\n".join([*sections, *said]) + "\n", apart + report.problems(results, jobs, in_place)

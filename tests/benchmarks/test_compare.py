@@ -238,6 +238,9 @@ def test_pictures_that_differ_are_named(tmp_path, change, agree):
     said, wrong = agreement(results(tmp_path, {"ours": changed, "diffusers": picture}), [ours], compiled=False)
     assert len(said) == 1
     assert (wrong == []) == agree
+    said, wrong = agreement(results(tmp_path, {"ours": changed, "diffusers": picture}), [ours], False, judged=False)
+    assert "(not judged)" in said[0]
+    assert wrong == []
 
 
 @pytest.mark.parametrize("dtype", list(BOUNDS))
