@@ -32,6 +32,15 @@ BLACK = 1 / 255 - 1
 """The brightest pixel that becomes black when it is rounded to one of 256 values."""
 
 
+def is_apart(weight: Tensor) -> bool:
+    """Whether a network with such weights computes every picture or prompt of a call by itself.
+
+    It does in fp32 and fp64, the formats for comparing numbers: rounding then does not hang on what else is in the
+    call. Together is faster.
+    """
+    return weight.dtype in (torch.float32, torch.float64)
+
+
 class KolorsPipeline:
     """Kolors: prompts in Chinese or English to pictures (Kolors report, Kuaishou 2024).
 
@@ -105,14 +114,6 @@ class KolorsPipeline:
         return self.unet.conv_in.weight.device
 
     @property
-    def apart(self) -> bool:
-        """Whether every picture is computed by itself, so that its rounding does not hang on what else is in the call.
-
-        It is in fp32 and fp64, the formats for comparing numbers; together is faster.
-        """
-        return self.dtype in (torch.float32, torch.float64)
-
-    @property
     def factor(self) -> int:
         """Pixels along one side of a latent."""
         return self.vae.config.downscale
@@ -129,7 +130,7 @@ class KolorsPipeline:
         Equal to `encode_prompt` in real arithmetic; see text_layout.py. Where pictures are computed apart, prompts are.
         """
         distinct = list(dict.fromkeys(prompts))
-        passes = [[prompt] for prompt in distinct] if self.apart else [distinct]
+        passes = [[prompt] for prompt in distinct] if is_apart(self.text_encoder.token_embed.weight) else [distinct]
         layouts = [packed_layout(self.tokenizer(texts, max_sequence_length)) for texts in passes]
         embeds = concatenate([layout.encode(self.text_encoder) for layout in layouts])
         return embeds[[distinct.index(prompt) for prompt in prompts]]
@@ -248,7 +249,9 @@ class KolorsPipeline:
         images = image_layers(adapters, request, self.unet, height, width, self.factor)
         text = self._embed(request)
         text = text[torch.arange(len(text.pooled)).repeat_interleave(request.num_images_per_prompt)]
-        calls = [slice(i, None, request.num_images) for i in range(request.num_images)] if self.apart else [slice(None)]
+        calls = [slice(None)]
+        if is_apart(self.unet.conv_in.weight):
+            calls = [slice(i, None, request.num_images) for i in range(request.num_images)]
         contexts = [
             self.unet.prepare(part.sequence, part.pooled, sizes[rows], part.key_bias).add(select(images, rows))
             for rows, part in ((rows, text[rows]) for rows in calls)
