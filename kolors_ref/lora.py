@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from weights_conversion.lora import LoRA, LowRank, read_lora, save_lora
 
+from .models.unet import Upsample
+
 __all__ = [
     "LoRA", "LowRank", "attach", "attached", "detach", "fuse", "load", "read_lora", "save_lora", "unfuse", "unload",
 ]  # fmt: skip
@@ -66,11 +68,11 @@ class Adapter:
         self.base: Tensor | None = None
         self.handle = layer.register_forward_hook(self)
 
-    def __call__(self, layer: nn.Linear | nn.Conv2d, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+    def __call__(self, layer: nn.Linear | nn.Conv2d, inputs: tuple, output: Tensor) -> Tensor:
         """Adds the updates to the output for the layer's input (..., in) or (B, in, h, w)."""
         if self.base is not None:
             return output
-        (x,) = inputs
+        x = layer.enlarge(*inputs) if isinstance(layer, Upsample) else inputs[0]
         for name, update in self.updates.items():
             self.updates[name] = update = update.like(layer.weight)
             if isinstance(layer, nn.Conv2d):
