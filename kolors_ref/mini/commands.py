@@ -38,6 +38,8 @@ ABLATIONS: dict[str, Callable[[Recipe], Recipe]] = {
 def run_training(options: argparse.Namespace) -> None:
     """Trains the miniature, or a variant of it, and prints where the checkpoint is."""
     recipe = replace(Recipe(), seed=options.seed).scaled(options.scale)
+    if options.unet_steps:
+        recipe = recipe.with_unet_steps(options.unet_steps)
     if options.ablate:
         recipe = ABLATIONS[options.ablate](recipe)
     with processes(options.device) as here:

@@ -111,8 +111,8 @@ class Recipe:
     glm: Stage = Stage("glm", 2000, 32, 1.5e-3, 1e-5, weight_decay=0.1)
     vae: Stage = Stage("vae", 5500, 24, 2e-3, 2e-4)
     vae_whole: Stage = Stage("vae-whole", 1000, 4, 2e-4, 1e-6)
-    unet: Stage = Stage("unet", 24000, 64, 1e-3, 1e-4, matrix_rate=2e-3, cooldown=0.25, ema_decay=0.9995)
-    unet_tuning: Stage = Stage("unet-tuning", 800, 64, 1e-4, 1e-6, matrix_rate=2e-4)
+    unet: Stage = Stage("unet", 8000, 64, 1e-3, 1e-4, matrix_rate=2e-3, cooldown=0.25, ema_decay=0.9995)
+    unet_tuning: Stage = Stage("unet-tuning", 400, 64, 1e-4, 1e-6, matrix_rate=2e-4)
     scenes: int = 49152
     clean_scenes: int = 12288
     schedule: ScheduleConfig = SCHEDULE
@@ -134,6 +134,11 @@ class Recipe:
             for field in ("tokenizer_captions", "scenes", "clean_scenes")
         }
         return replace(self, **stages, **counts)
+
+    def with_unet_steps(self, steps: int) -> "Recipe":
+        """The same recipe with another number of steps of concept learning; quality tuning changes in proportion."""
+        tuning = self.unet_tuning.scaled(steps / self.unet.steps)
+        return replace(self, unet=replace(self.unet, steps=steps), unet_tuning=tuning)
 
     def scheduler_config(self) -> dict[str, Any]:
         """The contents of the miniature's scheduler_config.json."""

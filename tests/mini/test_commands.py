@@ -93,6 +93,15 @@ def test_training_runs_what_was_asked_for(capsys, monkeypatch, tmp_path):
     assert recipe.glm.steps == round(0.1 * Recipe().glm.steps)
 
 
+def test_the_unets_steps_can_be_chosen(capsys, monkeypatch):
+    calls = []
+    monkeypatch.setattr(commands, "train_mini", lambda *arguments: calls.append(arguments))
+    assert run(capsys, "train", "mini", "--unet-steps", "1000")[0] == 0
+    recipe = calls[0][1]
+    assert (recipe.unet.steps, recipe.unet_tuning.steps) == (1000, 50)
+    assert recipe == replace(Recipe(), unet=recipe.unet, unet_tuning=recipe.unet_tuning)
+
+
 def test_evaluation_prints_and_writes(capsys, small_checkpoint, tmp_path):
     arguments = ("--model", small_checkpoint, "--limit", "1", "--steps", "1", "--language", "zh", "--batch-size", "5")
     status, out, _ = run(capsys, "evaluate", *arguments, "--sampler", "euler", "-o", tmp_path / "scores")
@@ -111,6 +120,7 @@ def test_evaluation_prints_and_writes(capsys, small_checkpoint, tmp_path):
         (["train", "mini", "--scale", "0"], "0 is not above 0"),
         (["train", "mini", "--scale", "many"], "many"),
         (["train", "mini", "--ablate", "everything"], "'everything'"),
+        (["train", "mini", "--unet-steps", "0"], "0 is not at least 1"),
         (["train", "mini", "--device", "abacus"], "'abacus'"),
         (["train", "mini", "--reuse", "no-such-run"], "no-such-run"),
         (["evaluate", "--limit", "0"], "0 is not at least 1"),
