@@ -7,6 +7,7 @@ ask for that.
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -15,9 +16,9 @@ from ..config import GLMConfig
 from ..models.glm import Attention, GLMEncoder, RMSNorm, rotary_angles, rotate
 from ..tokenizer import Tokenizer
 from .captions import LANGUAGES, word
-from .claims import choose_claim, shuffled
+from .claims import Claim, choose_claim, shuffled
 from .data import example
-from .scenes import generator, pick
+from .scenes import generator, pick, sample_scene
 
 IGNORED = -100
 """The target of a position that counts nothing."""
@@ -25,6 +26,8 @@ TELLINGS = 3
 """Captions in a text."""
 DENSE_SHARE = 0.15
 """The share of dense ones: they are long, and take the more of the time."""
+RELATION_SHARE = 0.5
+"""The share of texts that are made to say how things stand to each other, which is the hardest to learn of a text."""
 NEARNESS = 8.0
 """The biases of queries and keys that let a head look some tokens back: larger is sharper."""
 
@@ -61,6 +64,10 @@ class LanguageModel(nn.Module):
         logits = self.lm_head(self.final_norm(hidden))
         losses = F.cross_entropy(logits.float().transpose(1, 2), targets, ignore_index=IGNORED, reduction="none")
         return (losses.sum(1) / (targets != IGNORED).sum(1)).mean()
+
+    def hidden_matrices(self) -> list[nn.Parameter]:
+        """The matrices of the layers, for Muon: neither the token embeddings nor the output head."""
+        return [parameter for parameter in self.encoder.layers.parameters() if parameter.ndim > 1]
 
     def checkpoint(self) -> dict[str, Tensor]:
         """The tensors as a checkpoint's text encoder has them, those that the encoder does not use included."""
@@ -100,7 +107,10 @@ def caption_batches(tokenizer: Tokenizer, seed: int) -> Callable[[range], tuple[
 
     def text(number: int) -> list[int]:
         rng = generator(seed + 4, number)
-        claim = choose_claim(example(seed, number).scene, rng, rng.random() < DENSE_SHARE)
+        if rng.random() < RELATION_SHARE:
+            claim = claim_with_relations(rng)
+        else:
+            claim = choose_claim(example(seed, number).scene, rng, rng.random() < DENSE_SHARE)
         captions = (word(shuffled(claim, rng), rng, pick(rng, LANGUAGES)) for _ in range(TELLINGS))
         return [token for caption in captions for token in (*tokenizer.encode(caption)[prefix:], end)]
 
@@ -113,6 +123,14 @@ def caption_batches(tokenizer: Tokenizer, seed: int) -> Callable[[range], tuple[
         return torch.tensor(ids), torch.tensor(targets)
 
     return batch
+
+
+def claim_with_relations(rng: np.random.Generator) -> Claim:
+    """Draws scenes until one is spoken of by how its things stand to each other."""
+    while True:
+        claim = choose_claim(sample_scene(rng), rng)
+        if claim.relations:
+            return claim
 
 
 def bag_of_words(model: LanguageModel) -> LanguageModel:

@@ -108,7 +108,7 @@ class Recipe:
 
     seed: int = 0
     tokenizer_captions: int = 20000
-    glm: Stage = Stage("glm", 2000, 32, 1.5e-3, 1e-5, weight_decay=0.1)
+    glm: Stage = Stage("glm", 4000, 32, 1.5e-3, 1e-5, matrix_rate=5e-3, weight_decay=0.1)
     vae: Stage = Stage("vae", 5500, 24, 2e-3, 2e-4)
     vae_whole: Stage = Stage("vae-whole", 1000, 4, 2e-4, 1e-6)
     unet: Stage = Stage("unet", 8000, 64, 1e-3, 1e-4, matrix_rate=2e-3, cooldown=0.25, ema_decay=0.9995)

@@ -145,6 +145,21 @@ def test_a_text_says_the_same_in_three_ways(tokenizer, monkeypatch):
     assert len({text[0] for text in said}) == 40
 
 
+def test_half_of_the_texts_and_more_say_how_things_stand(tokenizer, monkeypatch):
+    monkeypatch.setattr(language_model, "word", lambda claim, *rest: "1" if claim.relations else "0")
+    ids, _ = caption_batches(tokenizer, seed=0)(range(400))
+    related = np.mean([text[0] == "1" for text in captions(tokenizer, ids)])
+    others = np.mean([bool(example(0, number).claim.relations) for number in range(400)])
+    assert related == pytest.approx(0.5 + 0.5 * others, abs=0.08)
+
+
+def test_muon_has_the_matrices_of_the_layers(small_model):
+    theirs = set(map(id, small_model.hidden_matrices()))
+    names = {name for name, parameter in small_model.named_parameters() if id(parameter) in theirs}
+    parts = ("attn.qkv", "attn.out", "ffn.up", "ffn.down")
+    assert names == {f"encoder.layers.{layer}.{part}.weight" for layer in range(2) for part in parts}
+
+
 def test_the_first_layer_looks_back(tokenizer):
     """Head h of an untrained model attends most to the token h + 1 back, wherever it stands."""
     model, seen = seeded(LanguageModel, GLM), []
