@@ -1,4 +1,4 @@
-"""Draws the figures of docs/mini.md from finished ablation runs: curves of the loss, and pictures side by side.
+"""Draws the figures of ablations (docs/mini.md) from finished runs: curves of the loss, and pictures side by side.
 
     pip install matplotlib
     python docs/ablation_figures.py "the recipe=runs/all" "bag of words=runs/bag-of-words" ... --output docs/images
@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw, ImageFont
 MARGIN, CELL, COLUMNS = 130, 104, 3
 """Of a contact sheet, in pixels: what stands before the pictures, one picture's width, and the pictures shown of it."""
 SMOOTHING = 4
-"""Points of a curve that are averaged."""
+"""Points of a curve that are averaged, if it has as many."""
 
 
 def draw_curves(runs: dict[str, Path]) -> plt.Figure:
@@ -26,10 +26,9 @@ def draw_curves(runs: dict[str, Path]) -> plt.Figure:
     figure, axes = plt.subplots(figsize=(7, 3.6), layout="constrained")
     for name, folder in runs.items():
         points = [json.loads(line) for line in (folder / "unet.jsonl").read_text(encoding="utf8").splitlines()]
-        smooth = lambda key, points=points: np.convolve(
-            [point[key] for point in points], np.full(SMOOTHING, 1 / SMOOTHING), mode="valid"
-        )
-        axes.plot(smooth("step"), smooth("loss"), label=name, linewidth=1.2)
+        window = np.full(count := min(SMOOTHING, len(points)), 1 / count)
+        steps, losses = (np.convolve([point[key] for point in points], window, "valid") for key in ("step", "loss"))
+        axes.plot(steps, losses, label=name, linewidth=1.2)
     axes.set(xlabel="step", ylabel="loss", yscale="log")
     axes.grid(alpha=0.3, which="both")
     axes.legend()
@@ -42,9 +41,10 @@ def draw_sheet(runs: dict[str, Path]) -> Image.Image:
     block, head = COLUMNS * CELL, 24
     sheet = Image.new("RGB", (MARGIN + block * len(runs) + 16 * (len(runs) - 1), head + sheets[0].height), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default()
-    categories = list(json.loads((next(iter(runs.values())) / "evaluation" / "report.json").read_text())["scores"])
-    for i in range(sheets[0].height // CELL):
-        draw.text((8, head + i * CELL + CELL // 2 - 6), f"{categories[i // 2]}, {('zh', 'en')[i % 2]}", "black", font)
+    first = scores(next(iter(runs.values())))
+    rows = [f"{category}, {language}" for category in first for language in first[category] if language != "all"]
+    for i, row in enumerate(rows[: sheets[0].height // CELL]):
+        draw.text((8, head + i * CELL + CELL // 2 - 6), row, "black", font)
     for j, (name, theirs) in enumerate(zip(runs, sheets, strict=True)):
         left = MARGIN + j * (block + 16)
         draw.text((left + 4, 6), name, "black", font)
@@ -52,9 +52,14 @@ def draw_sheet(runs: dict[str, Path]) -> Image.Image:
     return sheet.resize((sheet.width * 6 // 10, sheet.height * 6 // 10), Image.LANCZOS)
 
 
+def scores(folder: Path) -> dict[str, dict[str, float]]:
+    """The scores of a run's evaluation: shares by category, and in it by language and of all."""
+    return json.loads((folder / "evaluation" / "report.json").read_text(encoding="utf8"))["scores"]
+
+
 def table(runs: dict[str, Path]) -> str:
     """The scores in percent, categories down and runs across, as Markdown."""
-    reports = [json.loads((folder / "evaluation" / "report.json").read_text())["scores"] for folder in runs.values()]
+    reports = [scores(folder) for folder in runs.values()]
     lines = ["| | " + " | ".join(runs) + " |", "|---" + "|--:" * len(runs) + "|"]
     lines += [f"| {name} | " + " | ".join(f"{100 * r[name]['all']:.0f}" for r in reports) + " |" for name in reports[0]]
     return "\n".join(lines)

@@ -20,6 +20,8 @@ OFFLOAD_HELP = "keep networks in the file: on the device one at a time, or block
 DECODING_HELP = "tiled needs less memory above 1024 pixels, and is approximate (default: %(default)s)"
 UNRECORDED = ("command", "output", "repeat", "help")
 """Arguments that do not change the picture, and are not read from one."""
+REPEATABLE = ("ip_adapter", "ip_image", "lora")
+"""Arguments that may be given several times."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -72,6 +74,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         recorded = read_parameters(options.repeat)
         inputs = recorded.get("inputs") if isinstance(recorded.get("inputs"), dict) else {}
         generate_parser.set_defaults(prompt=recorded.get("prompt"), index=recorded.get("index"), inputs=inputs)
+        typed = {name for name in REPEATABLE if getattr(options, name)}  # they would be added to, not replaced
+        recorded = {name: value for name, value in recorded.items() if name not in typed}
         options = parser.parse_args(["generate", *as_arguments(recorded, generate_parser), *arguments[1:]])
     if not options.prompt:
         parser.error("a prompt is missing; give it in quotes after the command, or a picture with --repeat")
@@ -106,7 +110,7 @@ def build_parsers() -> tuple[Parser, Parser]:
     add("--guidance-scale", type=float, default=6.5, help="1 is no guidance (default: %(default)s)")
     add("--guidance-interval", metavar="START,END", help="guide these shares of the steps only, such as 0.2,0.8")
     add("--sampler", metavar="NAME", help="such as euler or dpmpp-2m-karras (default: the checkpoint's)")
-    add("--seed", type=int, help="of the noise (default: drawn, and printed)")
+    add("--seed", type=seed_number, metavar="N", help="of the noise (default: drawn, and printed)")
     add("--num-images", type=int, default=1, help="pictures of each prompt (default: %(default)s)")
     add("--max-sequence-length", type=int, default=256, help="tokens of a prompt (default: %(default)s)")
     add("--image", type=Path, metavar="FILE", help="a picture to start from")
@@ -138,7 +142,7 @@ def add_train(commands: "argparse._SubParsersAction[Parser]") -> None:
     add("--folder", type=Path, default=Path("mini-training"), help="for all that is written (default: %(default)s)")
     add("--scale", type=positive, default=1.0, metavar="F", help="times the steps and the data (default: %(default)s)")
     add("--unet-steps", type=counting, metavar="N", help="of the UNet (default: 8000), and a twentieth for its tuning")
-    add("--seed", type=int, default=0, help="of weights, data and noise (default: %(default)s)")
+    add("--seed", type=seed_number, default=0, metavar="N", help="of weights, data and noise (default: %(default)s)")
     add("--ablate", choices=ABLATIONS, help="leave something out, to see what it is good for")
     add("--reuse", type=Path, metavar="DIR", help="take the stages that are the same from the folder of another run")
     add("--previous", action="store_true", help="go on from the last checkpoint but one")
@@ -153,7 +157,7 @@ def add_evaluate(commands: "argparse._SubParsersAction[Parser]") -> None:
     add("--steps", type=int, default=25, help="denoising steps (default: %(default)s)")
     add("--guidance-scale", type=float, default=6.5, help="1 is no guidance (default: %(default)s)")
     add("--sampler", metavar="NAME", help="such as euler or dpmpp-2m-karras (default: the checkpoint's)")
-    add("--seed", type=int, default=0, help="of the noise (default: %(default)s)")
+    add("--seed", type=seed_number, default=0, metavar="N", help="of the noise (default: %(default)s)")
     add("--language", choices=("zh", "en"), help="of the prompts (default: both)")
     add("--limit", type=counting, default=24, metavar="N", help="prompts of a category and language (default: all 24)")
     add("--batch-size", type=counting, default=16, metavar="N", help="pictures drawn together (default: %(default)s)")
@@ -177,12 +181,19 @@ def counting(text: str) -> int:
     return int(text)
 
 
+def seed_number(text: str) -> int:
+    """Reads what a torch.Generator takes for a seed."""
+    if not 0 <= int(text) < 2**63:
+        raise argparse.ArgumentTypeError(f"{text} is not from 0 to 2^63 - 1")
+    return int(text)
+
+
 def generate(options: argparse.Namespace) -> None:
     """Makes pictures and writes them, each with all that is needed to make it again."""
     seed = secrets.randbelow(2**32) if options.seed is None else options.seed
-    if not 0 <= seed < 2**63:
-        raise ValueError(f"--seed is {seed}; it must be from 0 to 2^63 - 1")
     output = options.output or Path(f"kolors-{seed}.png")
+    if options.repeat and options.output is None and output.exists() and output.samefile(options.repeat):
+        raise ValueError(f"{output} would be overwritten, which is to be repeated; give another file with --output")
     check_writable(output)
 
     import torch

@@ -220,6 +220,20 @@ def test_repeat_with_changes(kolors):
     assert pixels("a.png") != pixels("b.png")
 
 
+def test_repeat_with_another_lora_does_not_add_to_the_recorded_one(tmp_path):
+    """Nor with other adapters or reference pictures; the same parser reads all three."""
+    png_with(tmp_path / "a.png", f'{{{RECORD}, "lora": ["x.safetensors:1"], "ip_image": ["b.jpg"]}}')
+    options = cli.parse(["--repeat", str(tmp_path / "a.png"), "--lora", "y.safetensors:0.5", "--lora", "z.safetensors"])
+    assert options.lora == ["y.safetensors:0.5", "z.safetensors"]
+    assert options.ip_image == ["b.jpg"]
+
+
+def test_repeat_does_not_overwrite_what_it_repeats(kolors, expect_refused):
+    kolors("a cat", *SMALL, "--seed", "5")
+    expect_refused("--repeat", "kolors-5.png", "--steps", "2", mentions="kolors-5.png would be overwritten", model=None)
+    assert kolors("--repeat", "kolors-5.png", "-o", "kolors-5.png", model=None)[0] == 0
+
+
 def test_repeat_of_a_repeat(kolors):
     kolors("a", "b", *SMALL, "--seed", "5", "-o", "a.png")
     kolors("--repeat", "a-1.png", "-o", "b.png", model=None)
@@ -318,8 +332,8 @@ def test_files_that_cannot_be_repeated(expect_refused, tmp_path):
         (["cat", "--strength", "1.1"], "strength is 1.1"),
         (["cat", "--strength", "-0.1"], "strength is -0.1"),
         (["cat", "--strength", "nan"], "strength is nan"),
-        (["cat", "--seed", "-1"], "--seed is -1"),
-        (["cat", "--seed", str(2**63)], "--seed is 9223372036854775808"),
+        (["cat", "--seed", "-1"], "-1 is not from 0"),
+        (["cat", "--seed", str(2**63)], "9223372036854775808 is not from 0"),
         (["cat", "--seed", "x"], "--seed"),
         (["cat", "--num-images", "0"], "num_images_per_prompt is 0"),
         (["cat", "--num-images", "1000000000000"], "num_images_per_prompt is 1000000000000"),

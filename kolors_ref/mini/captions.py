@@ -4,17 +4,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .claims import Claim, Description, choose_claim
+from .claims import Claim, Description
 from .scenes import pick
 from .vocabulary import CHINESE, ENGLISH
-from .world import RELATIONS, Scene
+from .world import RELATIONS
 
 LANGUAGES = ("zh", "en")
-
-
-def caption(scene: Scene, rng: np.random.Generator, language: str, dense: bool = False) -> str:
-    """Draws a caption of a scene: a short one that leaves facts open, or a dense one that says everything."""
-    return word(choose_claim(scene, rng, dense), rng, language)
 
 
 def word(claim: Claim, rng: np.random.Generator, language: str) -> str:

@@ -1,6 +1,7 @@
 """The miniature's commands: `kolors-ref train mini` and `kolors-ref evaluate`."""
 
 import argparse
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -42,6 +43,8 @@ def run_training(options: argparse.Namespace) -> None:
         recipe = recipe.with_unet_steps(options.unet_steps)
     if options.ablate:
         recipe = ABLATIONS[options.ablate](recipe)
+    if options.folder.exists() and not options.folder.is_dir():
+        raise NotADirectoryError(f"the folder {options.folder} of the training is a file; give another with --folder")
     with processes(options.device) as here:
         if options.reuse is not None and here.first:
             reuse_stages(options.folder, options.reuse, recipe)
@@ -53,9 +56,10 @@ def run_training(options: argparse.Namespace) -> None:
 
 def run_evaluation(options: argparse.Namespace) -> None:
     """Draws every prompt of MiniPrompts, judges the pictures, prints the table and writes it with the pictures."""
-    check_folder(options.output)
     prompts = [prompt for prompt in mini_prompts(options.language) if chosen(prompt, options.limit)]
     with processes(options.device) as here:
+        if here.first:
+            check_folder(options.output)
         dtype = None if options.dtype is None else getattr(torch, options.dtype)
         pipe = KolorsPipeline.from_pretrained(options.model, dtype, here.device)
         mine = prompts[here.rank :: here.count]
@@ -70,11 +74,20 @@ def run_evaluation(options: argparse.Namespace) -> None:
 
 
 def check_folder(folder: Path) -> None:
-    """Raises OSError unless a folder of this name can be made or is there."""
+    """Raises OSError unless files can be written into a folder of this name; leaves nothing behind."""
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"the output {folder} is a file; give the name of a folder")
     if not folder.parent.is_dir():
         raise FileNotFoundError(f"the folder {folder.parent} of the output does not exist; create it first")
+    new, probe = not folder.exists(), folder / f".partial-{os.getpid()}"
+    try:
+        folder.mkdir(exist_ok=True)
+        probe.touch()
+        probe.unlink()
+        if new:
+            folder.rmdir()
+    except OSError as error:
+        raise OSError(f"the folder {folder} of the output cannot be written: {error.strerror}") from error
 
 
 def chosen(prompt: Prompt, limit: int) -> bool:

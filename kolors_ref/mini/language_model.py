@@ -24,10 +24,10 @@ IGNORED = -100
 """The target of a position that counts nothing."""
 TELLINGS = 3
 """Captions in a text."""
-DENSE_SHARE = 0.15
-"""The share of dense ones: they are long, and take the more of the time."""
 RELATION_SHARE = 0.5
 """The share of texts that are made to say how things stand to each other, which is the hardest to learn of a text."""
+DENSE_SHARE = 0.15
+"""The share of dense ones in all other texts: they are long, and take the more of the time."""
 NEARNESS = 8.0
 """The biases of queries and keys that let a head look some tokens back: larger is sharper."""
 

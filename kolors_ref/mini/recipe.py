@@ -1,7 +1,6 @@
 """The recipe of the miniature Kolors: the sizes of its networks, and the stages of its training."""
 
 import math
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -60,7 +59,8 @@ class Stage:
         weight_decay: of both.
         warmup: steps.
         cooldown: the share of the steps, the last of them, over which the learning rate falls.
-        ema_decay: of the moving average of the weights, which is what a stage gives.
+        ema_decay: the most that the decay of the moving average of the weights can be, which is what a stage gives; up
+            to 9 / (1 - ema_decay) steps the average simply covers about the last ninth of them.
         save_every: steps between checkpoints.
     """
 
@@ -118,11 +118,6 @@ class Recipe:
     schedule: ScheduleConfig = SCHEDULE
     dense_share: float = 0.5
     bag_of_words: bool = False
-
-    @property
-    def stages(self) -> Iterator[Stage]:
-        """The stages that have steps, in order."""
-        return (stage for stage in (self.glm, self.vae, self.vae_whole, self.unet, self.unet_tuning) if stage.steps)
 
     def scaled(self, factor: float) -> "Recipe":
         """The same recipe made longer or shorter: all stages and all data."""

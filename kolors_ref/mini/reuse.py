@@ -8,6 +8,7 @@ from pathlib import Path
 from weights_conversion.files import read_json
 
 from .recipe import Recipe
+from .train import check_recipe
 from .training_state import written
 
 TOKENIZER = ("seed", "tokenizer_captions")
@@ -28,10 +29,11 @@ def reuse_stages(folder: Path, other: Path, recipe: Recipe) -> list[str]:
     """Copies to a run's folder the files that another run has and that would come out the same.
 
     Returns the names of the files copied; those that are there already are left alone.
-    Raises FileNotFoundError if the other folder holds no run.
+    Raises FileNotFoundError if the other folder holds no run, and ValueError if ours holds one of another recipe.
     """
     if not (other / "recipe.json").is_file():
         raise FileNotFoundError(f"{other} holds no training run to take stages from: it has no recipe.json")
+    check_recipe(folder, recipe)
     theirs = read_json(other / "recipe.json")
     ours = json.loads(json.dumps(asdict(recipe)))
     folder.mkdir(parents=True, exist_ok=True)

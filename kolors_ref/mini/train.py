@@ -48,7 +48,7 @@ def train_mini(folder: Path, recipe: Recipe, here: Processes, previous: bool = F
     """
     folder.mkdir(parents=True, exist_ok=True)
     run = Run(folder, recipe, here, previous)
-    run.check_recipe()
+    run.note_recipe()
     run.tokenizer()
     language_model = run.language_model()
     vae = run.autoencoder()
@@ -66,15 +66,15 @@ class Run:
     def __init__(self, folder: Path, recipe: Recipe, here: Processes, previous: bool) -> None:
         self.folder, self.recipe, self.here, self.previous = folder, recipe, here, previous
 
-    def check_recipe(self) -> None:
+    def note_recipe(self) -> None:
         """Notes the recipe in a new folder; raises ValueError if the folder holds a run of another."""
-        path, ours = self.folder / "recipe.json", json.loads(json.dumps(asdict(self.recipe)))
+        check_recipe(self.folder, self.recipe)
+        self.here.wait()
+        path = self.folder / "recipe.json"
         if not path.is_file() and self.here.first:
             with written(path) as beside:
-                write_json(beside, ours)
+                write_json(beside, asdict(self.recipe))
         self.here.wait()
-        if read_json(path) != ours:
-            raise ValueError(f"{self.folder} holds a run of another recipe; give another folder with --folder")
 
     def tokenizer(self) -> Tokenizer:
         """The SentencePiece model."""
@@ -158,6 +158,13 @@ class Run:
         """Builds a network with the first weights that the seed decides."""
         torch.manual_seed(self.recipe.seed)
         return build().to(self.here.device)
+
+
+def check_recipe(folder: Path, recipe: Recipe) -> None:
+    """Raises ValueError if the folder holds a run of another recipe."""
+    path = folder / "recipe.json"
+    if path.is_file() and read_json(path) != json.loads(json.dumps(asdict(recipe))):
+        raise ValueError(f"{folder} holds a run of another recipe; give another folder with --folder")
 
 
 def with_config(vae: VAE, config: VAEConfig) -> VAE:

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -40,7 +41,7 @@ def test_an_ablation_changes_the_unet_alone_or_the_words(name):
 def test_without_tuning_the_steps_are_as_many():
     ablated = commands.ABLATIONS["no-tuning"](Recipe())
     assert ablated.unet.steps == Recipe().unet.steps + Recipe().unet_tuning.steps
-    assert [stage.name for stage in ablated.stages] == ["glm", "vae", "vae-whole", "unet"]
+    assert ablated.unet_tuning.steps == 0
 
 
 def a_run(folder, recipe):
@@ -80,6 +81,33 @@ def test_nothing_is_taken_over_twice_or_from_nowhere(tmp_path):
     assert (folder / "vae.safetensors").read_text() == "our own"
     with pytest.raises(FileNotFoundError, match="no training run"):
         reuse_stages(folder, tmp_path, Recipe())
+
+
+def test_nothing_is_taken_over_into_a_run_of_another_recipe(tmp_path):
+    other, folder = a_run(tmp_path / "other", replace(Recipe(), seed=1)), tmp_path / "ours"
+    folder.mkdir()
+    (folder / "recipe.json").write_text(json.dumps(asdict(Recipe())))
+    with pytest.raises(ValueError, match="ours holds a run of another recipe"):
+        reuse_stages(folder, other, replace(Recipe(), seed=1))
+    assert [path.name for path in folder.iterdir()] == ["recipe.json"]
+
+
+@pytest.mark.parametrize(
+    "arguments", [("train", "mini", "--folder"), ("evaluate", "-o")], ids=lambda arguments: arguments[0]
+)
+def test_a_file_in_the_place_of_a_folder_is_left_alone(capsys, tmp_path, arguments):
+    (tmp_path / "file").write_text("mine")
+    status, out, err = run(capsys, *arguments, tmp_path / "file")
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert "is a file; give" in err
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="needs a folder that nobody can write into")
+def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_drawn(capsys):
+    status, out, err = run(capsys, "evaluate", "-o", "/proc/scores")
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert "/proc/scores of the output cannot be written" in err
 
 
 def test_training_runs_what_was_asked_for(capsys, monkeypatch, tmp_path):
@@ -122,6 +150,8 @@ def test_evaluation_prints_and_writes(capsys, small_checkpoint, tmp_path):
         (["train", "mini", "--ablate", "everything"], "'everything'"),
         (["train", "mini", "--unet-steps", "0"], "0 is not at least 1"),
         (["train", "mini", "--device", "abacus"], "'abacus'"),
+        (["train", "mini", "--seed", "-1"], "-1 is not from 0"),
+        (["evaluate", "--seed", str(2**63)], "9223372036854775808 is not from 0"),
         (["train", "mini", "--reuse", "no-such-run"], "no-such-run"),
         (["evaluate", "--limit", "0"], "0 is not at least 1"),
         (["evaluate", "--language", "fr"], "'fr'"),
