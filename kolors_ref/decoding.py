@@ -1,7 +1,7 @@
 """The autoencoder at work: fp16 where it suffices, fp32 where it overflows, and large pictures tile by tile."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from copy import deepcopy
 
 import torch
@@ -15,18 +15,25 @@ OVERLAP = 32
 """Latents that neighbouring tiles share, at least."""
 
 
-def without_overflow(vae: VAE, x: Tensor, work: Callable[[VAE, Tensor], Tensor]) -> Tensor:
-    """Gives work(vae, x), once more in fp32 if it is not finite in fp16, whose largest number is 65504.
+def without_overflow(vae: VAE, inputs: Iterable[Tensor], work: Callable[[VAE, Tensor], Tensor]) -> list[Tensor]:
+    """Gives work(vae, x) for each of the inputs.
+
+    The first that is not finite in fp16, whose largest number is 65504, is computed once more in fp32, and those after
+    it in fp32 alone.
 
     Args:
-        x: pixels or latents; they are brought to the autoencoder's device and number format.
+        inputs: pixels or latents; they are brought to the autoencoder's device and number format.
         work: an encoding or a decoding.
     """
-    weight = vae.post_quant_conv.weight
-    y = work(vae, x.to(weight))
-    if weight.dtype != torch.float16 or torch.isfinite(y).all():
-        return y
-    return work(deepcopy(vae).float(), x.to(weight.device, torch.float32))
+    results = []
+    for x in inputs:
+        weight = vae.post_quant_conv.weight
+        y = work(vae, x.to(weight))
+        if weight.dtype == torch.float16 and not torch.isfinite(y).all():
+            vae = deepcopy(vae).float()
+            y = work(vae, x.to(weight.device, torch.float32))
+        results.append(y)
+    return results
 
 
 def decode_tiled(vae: VAE, latents: Tensor, tile: int = TILE, overlap: int = OVERLAP) -> Tensor:

@@ -79,6 +79,7 @@ class Unit:
             self.check(weight.name, weight.stored)
         self.checked = True
 
+    @torch.inference_mode(False)  # what stays may serve a later call that records gradients
     def arrive(self) -> None:
         """Brings the weights; on a CPU those already in the right type and layout are used in place."""
         self.check_once()
@@ -153,10 +154,10 @@ class Slot:
         self.copied, self.used = torch.cuda.Event(), torch.cuda.Event()
         self.holds: Unit | None = None
 
-    def views(self, half: Tensor) -> Iterator[Tensor]:
-        """Gives the place of each weight of the unit in one of the two halves."""
+    def views(self, half: Tensor, unit: Unit) -> Iterator[Tensor]:
+        """Gives the place of each weight of a unit in one of the two halves."""
         start = 0
-        for weight in self.holds.weights:
+        for weight in unit.weights:
             size = weight.stored.numel() * weight.absent.element_size()
             place = half[start : start + size].view(weight.absent.dtype)
             if weight.is_convolution:
@@ -186,7 +187,7 @@ class PinnedStream:
         slot = self.fetch(unit)
         self.slots = [*(other for other in self.slots if other is not slot), slot]
         torch.cuda.current_stream(self.device).wait_event(slot.copied)
-        for weight, view in zip(unit.weights, slot.views(slot.buffer), strict=True):
+        for weight, view in zip(unit.weights, slot.views(slot.buffer, unit), strict=True):
             weight.parameter.data = view
 
     def after(self, unit: Unit) -> None:
@@ -196,6 +197,7 @@ class PinnedStream:
         if unit.following is not None:
             self.fetch(unit.following)
 
+    @torch.inference_mode(False)  # the slots outlast the call
     def make_room(self, num_bytes: int) -> None:
         """Makes two slots for the units of another network."""
         computing = torch.cuda.current_stream(self.device)
@@ -205,6 +207,7 @@ class PinnedStream:
         self.room = num_bytes
         self.copying.wait_stream(computing)  # which may still work on what was in this memory
 
+    @torch.inference_mode(False)
     def fetch(self, unit: Unit) -> Slot:
         """Starts to copy a unit into the slot that was used longer ago, unless it is in one already."""
         for slot in self.slots:
@@ -215,12 +218,12 @@ class PinnedStream:
         slot.copied.synchronize()  # after a wrong guess the pinned half is still read
         slot.used.synchronize()  # the other half too, as long as the last unit but one computes
         unit.check_once()
-        slot.holds = unit
-        for weight, view in zip(unit.weights, slot.views(slot.pinned), strict=True):
+        for weight, view in zip(unit.weights, slot.views(slot.pinned, unit), strict=True):
             view.copy_(weight.stored)
         with torch.cuda.stream(self.copying):
             slot.buffer[: unit.num_bytes].copy_(slot.pinned[: unit.num_bytes], non_blocking=True)
             slot.copied.record()
+        slot.holds = unit
         return slot
 
 

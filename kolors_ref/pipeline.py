@@ -284,7 +284,7 @@ class KolorsPipeline:
         if output_type == "latent":
             return latents
         decode = decode_tiled if tiled else VAE.decode
-        pixels = torch.cat([without_overflow(self.vae, one, decode) for one in latents.split(1)])
+        pixels = torch.cat(without_overflow(self.vae, latents.split(1), decode))
         check_finite(pixels, "decoding (the VAE)")
         if (pixels <= BLACK).flatten(1).all(1).any():
             raise FloatingPointError("decoding (the VAE) gave an all-black picture; try another dtype or prompt")
@@ -344,7 +344,8 @@ class KolorsPipeline:
         dtype = torch.float32 if weight.dtype == torch.float16 else weight.dtype
         noise = draw_noise((rows, *shape[1:]), request.generator, weight.device, dtype)
         sample = lambda vae, pixels: vae.encode(pixels).repeat(rows // len(image)).sample(noise)
-        latents = check_finite(without_overflow(self.vae, image, sample), "encoding the picture (the VAE)")
+        [latents] = without_overflow(self.vae, [image], sample)
+        check_finite(latents, "encoding the picture (the VAE)")
         latents = latents.to(device=self.device, dtype=self.dtype).repeat(shape[0] // rows, 1, 1, 1)
         begin = plan.num_steps - min(int(plan.num_steps * request.strength), plan.num_steps)
         if begin == plan.num_steps:

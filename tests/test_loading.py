@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from test_lora import updates
 
-from kolors_ref import KolorsPipeline, cli
+from kolors_ref import KolorsPipeline, cli, lora
 from kolors_ref.sampling import DPMSolverPP, Euler
 from weights_conversion import convert
 
@@ -119,6 +120,21 @@ def test_compiled_blocks_draw_the_same_picture(small_checkpoint, small_pipe):
     assert torch.allclose(draw(pipe), draw(small_pipe), rtol=0, atol=1e-5)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] - counted == 2
     assert list(pipe.unet.state_dict()) == list(small_pipe.unet.state_dict())
+
+
+def test_compiled_blocks_notice_a_lora_that_comes_later(small_checkpoint, small_pipe, tmp_path, monkeypatch):
+    compile = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compile(module, backend="eager"))
+    pipes = [KolorsPipeline.from_pretrained(small_checkpoint, compile=compiled) for compiled in (True, False)]
+    plain = [draw(pipe) for pipe in pipes]
+    assert torch.allclose(*plain, rtol=0, atol=1e-5)
+    for pipe in pipes:
+        lora.attach(pipe.unet, updates(pipe.unet, {"down.1.attn.0.blocks.0.self_attn.q": 4}), "style", 1.0)
+    with_lora = [draw(pipe) for pipe in pipes]
+    assert torch.allclose(*with_lora, rtol=0, atol=1e-5)
+    assert (with_lora[0] - plain[0]).abs().max() > 1e-3
+    lora.detach(pipes[0].unet, "style")
+    assert torch.equal(draw(pipes[0]), plain[0])
 
 
 def test_compiling_does_not_go_with_offload(small_checkpoint):
@@ -426,6 +442,7 @@ def test_parts_that_do_not_fit_each_other(checkpoint_copy, change, mentions):
         ({"dtype": torch.int8}, ValueError, "torch.int8"),
         ({"device": "nonsense"}, ValueError, "'nonsense' cannot be used"),
         ({"device": "meta"}, ValueError, "'meta' cannot be used"),
+        ({"device": "hpu"}, ValueError, "'hpu' cannot be used"),
         ({"variant": "fp8"}, FileNotFoundError, "'fp8'"),
         ({"unet": "missing.safetensors"}, FileNotFoundError, "missing.safetensors"),
         ({"path": None}, TypeError, "NoneType"),

@@ -57,10 +57,10 @@ def pretend_cuda(monkeypatch):
     """
     empty, make, views = torch.empty, offload.make_carrier, offload.Slot.views
 
-    def checked_views(slot, half):
+    def checked_views(slot, half, unit):
         reading = half is slot.buffer
         assert slot.copied.awaited if reading else not (slot.copied.pending or slot.used.pending)
-        return views(slot, half)
+        return views(slot, half, unit)
 
     monkeypatch.setattr(offload.Slot, "views", checked_views)
     monkeypatch.setattr(torch, "empty", lambda *args, pin_memory=False, **kwargs: empty(*args, **kwargs))
@@ -132,6 +132,45 @@ def test_the_same_pictures(checkpoint_copy, carrier, dtype):
     assert torch.equal(ours.pooled, official.pooled)
     with torch.inference_mode():
         assert torch.equal(draw(pipe), draw(resident))
+
+
+def test_what_comes_in_inference_mode_serves_outside_of_it(checkpoint_copy, carrier):
+    """In either order, though tensors made in that mode can neither be written nor recorded outside of it."""
+    in_half(checkpoint_copy)
+    pipe = KolorsPipeline.from_pretrained(checkpoint_copy, torch.float32, offload=carrier)
+    resident = KolorsPipeline.from_pretrained(checkpoint_copy, torch.float32)
+    expected = draw(resident)
+    with torch.inference_mode():
+        assert torch.equal(draw(pipe), expected)
+        pipe.encode_prompt("a cat")
+    assert torch.equal(pipe.encode_prompt("a cat").sequence, resident.encode_prompt("a cat").sequence)
+    assert torch.equal(draw(pipe), expected)
+    if carrier == "model":
+        with torch.inference_mode():
+            draw(pipe, output_type="latent")
+        x = torch.randn(1, 4, 4, 4, requires_grad=True)
+        text = pipe.unet.config.text_dim
+        context = pipe.unet.prepare(torch.randn(1, 3, text), torch.randn(1, text), torch.ones(1, 6))
+        pipe.unet(x, torch.tensor([500]), context).sum().backward()
+        assert x.grad.isfinite().all()
+
+
+def test_an_interrupted_copy_is_done_again(checkpoint_copy, monkeypatch):
+    """A buffer whose copying was broken off does not pass for the weights that it should have got."""
+    pretend_cuda(monkeypatch)
+    in_half(checkpoint_copy)
+    pipe = KolorsPipeline.from_pretrained(checkpoint_copy, torch.float32, offload="stream")
+    expected = pipe.encode_prompt("a cat").sequence
+
+    def interrupt(stream):
+        raise KeyboardInterrupt
+
+    for _ in range(3):
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.cuda, "stream", interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                pipe.encode_prompt("a cat")
+        assert torch.equal(pipe.encode_prompt("a cat").sequence, expected)
 
 
 @pytest.mark.parametrize("device", DEVICES)

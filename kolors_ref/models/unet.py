@@ -7,7 +7,6 @@ conditioning, and the keys and values of every cross-attention. The denoising lo
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import product
 from typing import NamedTuple
 
 import torch
@@ -120,10 +119,12 @@ class Upsample(nn.Conv2d):
         layout = torch.channels_last if x.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
         shape = (*x.shape[:2], 2 * x.shape[2], 2 * x.shape[3])
         y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
-        for bottom, right in product((0, 1), (0, 1)):
-            neighbours = F.pad(x, (1 - right, right, 1 - bottom, bottom))
-            weight = merge(merge(self.weight.permute(0, 2, 3, 1), bottom, dim=1), right, dim=2).permute(0, 3, 1, 2)
-            y[..., bottom::2, right::2] = F.conv2d(neighbours, weight, self.bias)
+        for bottom in (0, 1):
+            rows = merge(self.weight.permute(0, 2, 3, 1), bottom, dim=1)
+            for right in (0, 1):
+                weight = merge(rows, right, dim=2).permute(0, 3, 1, 2)
+                neighbours = F.pad(x, (1 - right, right, 1 - bottom, bottom))
+                y[..., bottom::2, right::2] = F.conv2d(neighbours, weight, self.bias)
         return y
 
     def enlarge(self, x: Tensor, size: tuple[int, int]) -> Tensor:

@@ -1,7 +1,7 @@
 """The autoencoder between pictures and latents: SDXL's (Podell et al. 2023, section 2.4), after Rombach et al. 2022."""
 
 from dataclasses import dataclass
-from itertools import pairwise, product
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -63,10 +63,12 @@ class Upsample(nn.Conv2d):
         layout = torch.channels_last if x.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
         shape = (*x.shape[:2], 2 * x.shape[2], 2 * x.shape[3])
         y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
-        for bottom, right in product((0, 1), (0, 1)):
-            neighbours = F.pad(x, (1 - right, right, 1 - bottom, bottom))
-            weight = merge(merge(self.weight.permute(0, 2, 3, 1), bottom, dim=1), right, dim=2).permute(0, 3, 1, 2)
-            y[..., bottom::2, right::2] = F.conv2d(neighbours, weight, self.bias)
+        for bottom in (0, 1):
+            rows = merge(self.weight.permute(0, 2, 3, 1), bottom, dim=1)
+            for right in (0, 1):
+                weight = merge(rows, right, dim=2).permute(0, 3, 1, 2)
+                neighbours = F.pad(x, (1 - right, right, 1 - bottom, bottom))
+                y[..., bottom::2, right::2] = F.conv2d(neighbours, weight, self.bias)
         return y
 
 

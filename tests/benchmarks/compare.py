@@ -78,7 +78,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--contestants", type=contestants, default=default, help=f"some of {','.join(CONTESTANTS)}, the last by request"
     )
     add("--ip-adapter", action="store_true", help="with an IP-Adapter (random weights) and one reference picture")
-    add("--compile", action="store_true", help="diffusers at its best is also compiled: long on a CPU")
+    add("--compile", action="store_true", help="compile ours, and diffusers at its best")
     add(
         "--offload",
         choices=["none", "model", "stream"],
@@ -229,7 +229,7 @@ def render(args: argparse.Namespace, store: Store, jobs: list[Job]) -> tuple[str
         counted[job.side, job.ip_adapter] = counted[side, job.ip_adapter]
     rates, bytes_read = store.limits[args.dtype], weight_bytes(args.folder, args.dtype)
     results = report.Results(store.figures, store.outputs, counted, rates, bytes_read)
-    best = "channels-last UNet and VAE" + (", compiled with torch.compile" if args.compile else ", not compiled")
+    best = "channels-last UNet and VAE" + (", compiled with torch.compile as ours is" if args.compile else "")
     best += "" if args.offload == "none" else f"; pictures of ours and of its best with offload {args.offload}"
     sections = [
         ", ".join(f"{name} {value}" for name, value in store.machine.items()),

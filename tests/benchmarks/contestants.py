@@ -145,7 +145,11 @@ def our_image(folder: Path, job: Job) -> Call:
 
 def our_unet(folder: Path, job: Job) -> Call:
     """A guided step; what does not depend on the timestep is prepared before, once for each side."""
+    from kolors_ref.loading import compile_blocks
+
     unet = load_ours(folder, "unet", job)
+    if job.compiled:
+        compile_blocks(unet)
     adapter = our_adapter(folder, unet) if job.ip_adapter else None
 
     @cache
@@ -164,18 +168,21 @@ def our_unet(folder: Path, job: Job) -> Call:
 
 
 def our_vae(folder: Path, job: Job) -> Call:
-    """The decoder, in the number format that our pipeline gives it."""
-    dtype = "float32" if job.dtype == "float16" else job.dtype
-    vae = load_ours(folder, "vae", replace(job, dtype=dtype))
-    return lambda side: vae.decode(noise(1, 4, side // 8, side // 8, seed=4).to(job.device, getattr(torch, dtype)))
+    """The decoder, as our pipeline has it: from fp16 in fp32 on a CPU, and elsewhere where fp16 overflows."""
+    from kolors_ref.decoding import without_overflow
+    from kolors_ref.models.vae import VAE
+
+    in_float32 = job.dtype == "float16" and job.device == "cpu"
+    vae = load_ours(folder, "vae", replace(job, dtype="float32") if in_float32 else job)
+    return lambda side: without_overflow(vae, [noise(1, 4, side // 8, side // 8, seed=4)], VAE.decode)[0]
 
 
 def our_picture(folder: Path, job: Job, mark: Mark) -> Callable[[], Tensor]:
     """A whole picture by our pipeline; marks the loaded pipeline and the first step."""
     from kolors_ref import KolorsPipeline
 
-    offload = {} if job.offload == "none" else {"offload": job.offload}
-    pipe = KolorsPipeline.from_pretrained(folder, dtype=getattr(torch, job.dtype), device=job.device, **offload)
+    how = {"compile": job.compiled} if job.offload == "none" else {"offload": job.offload}
+    pipe = KolorsPipeline.from_pretrained(folder, dtype=getattr(torch, job.dtype), device=job.device, **how)
     image = None
     if job.ip_adapter:
         where, image = adapter_folder(folder), reference_picture()

@@ -8,7 +8,7 @@ from statistics import median
 import torch
 
 from .flops import Stages
-from .jobs import STEPS, Job
+from .jobs import COMPILED, STEPS, Job
 
 STAGE_OF = {"text": "text", "image": "image", "unet": "step", "vae": "decode"}
 TITLES = {
@@ -90,7 +90,9 @@ def as_contestant(job: Job, contestant: str, compiled: bool = False) -> Job:
     """The same job of another contestant."""
     dtype = "float32" if contestant == "float32" else job.dtype
     offload = "none" if contestant == "diffusers" else job.offload
-    return replace(job, contestant=contestant, dtype=dtype, compiled=compiled and contestant == "best", offload=offload)
+    return replace(
+        job, contestant=contestant, dtype=dtype, compiled=compiled and contestant in COMPILED, offload=offload
+    )
 
 
 def lines(cells: Iterable[Iterable[str]]) -> str:
@@ -150,9 +152,7 @@ def stage_seconds(results: Results, job: Job, compiled: bool) -> list[float | No
 
 def errors(results: Results, job: Job) -> list[str]:
     """Relative errors of the output, as far as there is something to compare with."""
-    mine, theirs, exact = (
-        results.output(as_contestant(job, contestant)) for contestant in ("ours", "diffusers", "float32")
-    )
+    mine, theirs, exact = map(results.output, (job, as_contestant(job, "diffusers"), as_contestant(job, "float32")))
     pairs = ((mine, theirs), (mine, exact), (theirs, exact))
     return ["" if a is None or b is None else f"{relative_error(a, b):.1e}" for a, b in pairs]
 
