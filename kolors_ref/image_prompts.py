@@ -42,12 +42,15 @@ class Adapter:
     encoder: CLIPVision
     encoder_folder: Path
 
-    def encode(self, pictures: Pictures) -> Tensor:
+    def encode(self, pictures: Pictures, guided: bool = True) -> Tensor:
         """Encodes N pictures as (2, N, L, D), CLIP's view of nothing before that of the pictures.
 
-        Nothing is CLIP's input at zero, as in the adapter's training: a grey picture, and not features of zero.
+        Nothing is CLIP's input at zero, as in the adapter's training: a grey picture, and not features of zero. Where
+        there is no guidance nobody asks for it, and the result is (1, N, L, D).
         """
         pixels = clip_pixels(pictures, self.encoder.config.image_size).to(self.encoder.class_token.device)
+        if not guided:
+            return check_finite(self.encoder(pixels), "image encoding (CLIP)")[None]
         hidden = self.encoder(torch.cat([torch.zeros_like(pixels[:1]), pixels]))
         check_finite(hidden, "image encoding (CLIP)")
         return torch.stack([hidden[:1].expand_as(hidden[1:]), hidden[1:]])
@@ -208,14 +211,14 @@ def layer_masks(mask: Tensor, unet: UNet, height: int, width: int) -> list[Tenso
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def encode_pictures(adapters: Sequence[Adapter], pictures: Any) -> list[Tensor | None]:
-    """Encodes the reference pictures of each adapter, (2, N, L, D); None for an adapter without any.
+def encode_pictures(adapters: Sequence[Adapter], pictures: Any, guided: bool = True) -> list[Tensor | None]:
+    """Encodes the reference pictures of each adapter as `Adapter.encode` does; None for an adapter without any.
 
     Raises:
         TypeError, ValueError: there is no adapter, or the pictures are not as `Request.ip_adapter_image` says.
     """
     given = _for_each("ip_adapter_image", pictures, len(adapters))
-    return [None if own is None else adapter.encode(own) for adapter, own in zip(adapters, given, strict=True)]
+    return [None if own is None else adapter.encode(own, guided) for adapter, own in zip(adapters, given, strict=True)]
 
 
 def image_layers(
@@ -233,7 +236,7 @@ def image_layers(
     if request.ip_adapter_image is None and request.ip_adapter_embeds is None:
         return layers
     if request.ip_adapter_image is not None:
-        embeds = encode_pictures(adapters, request.ip_adapter_image)
+        embeds = encode_pictures(adapters, request.ip_adapter_image, request.guided)
     else:
         embeds = _for_each("ip_adapter_embeds", request.ip_adapter_embeds, len(adapters))
     scale = request.ip_adapter_scale

@@ -258,6 +258,14 @@ def test_nothing_is_recomputed(one):
     assert adapter.encoder not in runs
 
 
+def test_without_guidance_clip_sees_the_pictures_alone(one):
+    seen = []
+    one.ip_adapters["first"].encoder.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
+    run(one, ip_adapter_image=[picture(0), picture(1)])
+    run(one, ip_adapter_image=[picture(0), picture(1)], guidance_scale=1.0)
+    assert seen == [3, 2]
+
+
 @pytest.mark.parametrize("side", [64, 128])
 @pytest.mark.parametrize("level", [1, 2])
 def test_the_cost_at_full_size(level, side):
