@@ -141,7 +141,7 @@ def add_train(commands: "argparse._SubParsersAction[Parser]") -> None:
     add("what", choices=("mini",), help="the model to train")
     add("--folder", type=Path, default=Path("mini-training"), help="for all that is written (default: %(default)s)")
     add("--scale", type=positive, default=1.0, metavar="F", help="times the steps and the data (default: %(default)s)")
-    add("--unet-steps", type=counting, metavar="N", help="of the UNet (default: 8000), and a twentieth for its tuning")
+    add("--unet-steps", type=counting, metavar="N", help="of the UNet (default: 8750), and a twentieth for its tuning")
     add("--seed", type=seed_number, default=0, metavar="N", help="of weights, data and noise (default: %(default)s)")
     add("--ablate", choices=ABLATIONS, help="leave something out, to see what it is good for")
     add("--reuse", type=Path, metavar="DIR", help="take the stages that are the same from the folder of another run")

@@ -111,8 +111,8 @@ class Recipe:
     glm: Stage = Stage("glm", 4000, 32, 1.5e-3, 1e-5, matrix_rate=5e-3, weight_decay=0.1)
     vae: Stage = Stage("vae", 5500, 24, 2e-3, 2e-4)
     vae_whole: Stage = Stage("vae-whole", 1000, 4, 2e-4, 1e-6)
-    unet: Stage = Stage("unet", 8000, 64, 1e-3, 1e-4, matrix_rate=2e-3, cooldown=0.25, ema_decay=0.9995)
-    unet_tuning: Stage = Stage("unet-tuning", 400, 64, 1e-4, 1e-6, matrix_rate=2e-4)
+    unet: Stage = Stage("unet", 8750, 64, 1e-3, 1e-4, matrix_rate=2e-3, cooldown=0.2, ema_decay=0.9995)
+    unet_tuning: Stage = Stage("unet-tuning", 440, 64, 1e-4, 1e-6, matrix_rate=2e-4)
     scenes: int = 49152
     clean_scenes: int = 12288
     schedule: ScheduleConfig = SCHEDULE

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from kolors_ref.mini.captions import LANGUAGES, article, plural, word
-from kolors_ref.mini.claims import Claim, Description, Relation, holds
+from kolors_ref.mini.claims import Claim, Description, Relation, holds, shuffled
 from kolors_ref.mini.data import example
 from kolors_ref.mini.scenes import generator
 from kolors_ref.mini.vocabulary import CHINESE, ENGLISH
@@ -56,6 +56,20 @@ def test_nothing_else_is_said():
             for w in vocabulary[fact]:
                 pattern = rf"\b{w}\b" if one.language == "en" else w
                 assert fact in said or not re.search(pattern, rest), (fact, one.caption)
+
+
+def test_a_shuffled_claim_says_the_same_in_any_order():
+    """The relations too, whose subjects and others move with their things."""
+    orders = set()
+    for number, one in enumerate(EXAMPLES):
+        claim = shuffled(one.claim, generator(5, number))
+        assert holds(claim, one.scene)
+        facts = lambda claim: {(claim.things[r.subject], r.name, claim.things[r.other]) for r in claim.relations}
+        assert (facts(claim), claim.background) == (facts(one.claim), one.claim.background)
+        assert sorted(map(repr, claim.things)) == sorted(map(repr, one.claim.things))
+        if len(set(claim.things)) == 3:
+            orders.add(tuple(map(claim.things.index, one.claim.things)))
+    assert len(orders) == 6
 
 
 def test_dense_claims_say_everything():
