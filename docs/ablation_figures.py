@@ -15,8 +15,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-MARGIN, CELL, COLUMNS = 130, 104, 3
-"""Of a contact sheet, in pixels: what stands before the pictures, one picture's width, and the pictures shown of it."""
+from kolors_ref.mini.evaluation import CELL, MARGIN
+
+COLUMNS = 3
+"""Pictures shown of each row of a contact sheet."""
 SMOOTHING = 4
 """Points of a curve that are averaged, if it has as many."""
 

@@ -122,7 +122,7 @@ def test_compiled_blocks_draw_the_same_picture(small_checkpoint, small_pipe):
     assert list(pipe.unet.state_dict()) == list(small_pipe.unet.state_dict())
 
 
-def test_compiled_blocks_notice_a_lora_that_comes_later(small_checkpoint, small_pipe, tmp_path, monkeypatch):
+def test_compiled_blocks_notice_a_lora_that_comes_later(small_checkpoint, monkeypatch):
     compile = torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compile(module, backend="eager"))
     pipes = [KolorsPipeline.from_pretrained(small_checkpoint, compile=compiled) for compiled in (True, False)]

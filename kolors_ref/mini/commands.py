@@ -1,7 +1,6 @@
 """The miniature's commands: `kolors-ref train mini` and `kolors-ref evaluate`."""
 
 import argparse
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +11,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from ..config import SDXL_SCHEDULE
+from ..picture_file import check_writable
 from ..pipeline import KolorsPipeline
 from .evaluation import Report, evaluate
 from .processes import Processes, processes
@@ -75,15 +75,16 @@ def check_folder(folder: Path) -> None:
         raise NotADirectoryError(f"the output {folder} is a file; give the name of a folder")
     if not folder.parent.is_dir():
         raise FileNotFoundError(f"the folder {folder.parent} of the output does not exist; create it first")
-    new, probe = not folder.exists(), folder / f".partial-{os.getpid()}"
+    new = not folder.exists()
     try:
         folder.mkdir(exist_ok=True)
-        probe.touch()
-        probe.unlink()
-        if new:
-            folder.rmdir()
     except OSError as error:
         raise OSError(f"the folder {folder} of the output cannot be written: {error.strerror}") from error
+    try:
+        check_writable(folder / "sheet.png")
+    finally:
+        if new:
+            folder.rmdir()
 
 
 def chosen(prompt: Prompt, limit: int) -> bool:

@@ -15,6 +15,8 @@ from .prompts import Prompt
 
 THUMBNAIL = 96
 """Pixels along one side of a picture on the contact sheet."""
+CELL, MARGIN = THUMBNAIL + 8, 130
+"""Pixels of the contact sheet from one picture to the next, and what stands before the pictures of a row."""
 
 
 @dataclass(frozen=True)
@@ -93,17 +95,16 @@ class Report:
     def contact_sheet(self) -> Image.Image:
         """All pictures, a row for each category and language, framed in green where the claim holds, else in red."""
         rows = [(category, language) for category in self.categories for language in self.languages]
-        margin, cell = 130, THUMBNAIL + 8
-        width = margin + cell * max(len(self.select(*row)) for row in rows)
-        sheet = Image.new("RGB", (width, cell * len(rows)), "white")
+        width = MARGIN + CELL * max(len(self.select(*row)) for row in rows)
+        sheet = Image.new("RGB", (width, CELL * len(rows)), "white")
         draw, font = ImageDraw.Draw(sheet), ImageFont.load_default()
         for i, row in enumerate(rows):
             score = self.score(*row)
-            draw.text((8, i * cell + cell // 2 - 14), f"{row[0]}, {row[1]}\n{score:.0%}", fill="black", font=font)
+            draw.text((8, i * CELL + CELL // 2 - 14), f"{row[0]}, {row[1]}\n{score:.0%}", fill="black", font=font)
             for j, result in enumerate(self.select(*row)):
-                x, y = margin + j * cell, i * cell
+                x, y = MARGIN + j * CELL, i * CELL
                 frame = (40, 150, 70) if result.verdict.holds else (215, 40, 40)
-                draw.rectangle((x, y, x + cell - 3, y + cell - 3), fill=frame)
+                draw.rectangle((x, y, x + CELL - 3, y + CELL - 3), fill=frame)
                 sheet.paste(result.image.convert("RGB").resize((THUMBNAIL, THUMBNAIL)), (x + 3, y + 3))
         return sheet
 

@@ -1,5 +1,6 @@
 """The recipe of the miniature Kolors: the sizes of its networks, and the stages of its training."""
 
+import json
 import math
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -134,6 +135,10 @@ class Recipe:
         """The same recipe with another number of steps of concept learning; quality tuning changes in proportion."""
         tuning = self.unet_tuning.scaled(steps / self.unet.steps)
         return replace(self, unet=replace(self.unet, steps=steps), unet_tuning=tuning)
+
+    def record(self) -> dict[str, Any]:
+        """The contents of a run's recipe.json, as they are read back."""
+        return json.loads(json.dumps(asdict(self)))
 
     def scheduler_config(self) -> dict[str, Any]:
         """The contents of the miniature's scheduler_config.json."""

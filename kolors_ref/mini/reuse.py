@@ -1,8 +1,6 @@
 """Stages of another run that are the same in this one, taken over instead of done again: for ablations."""
 
-import json
 import shutil
-from dataclasses import asdict
 from pathlib import Path
 
 from weights_conversion.files import read_json
@@ -35,7 +33,7 @@ def reuse_stages(folder: Path, other: Path, recipe: Recipe) -> list[str]:
         raise FileNotFoundError(f"{other} holds no training run to take stages from: it has no recipe.json")
     check_recipe(folder, recipe)
     theirs = read_json(other / "recipe.json")
-    ours = json.loads(json.dumps(asdict(recipe)))
+    ours = recipe.record()
     folder.mkdir(parents=True, exist_ok=True)
     copied = []
     for pattern, fields in DECIDED_BY.items():

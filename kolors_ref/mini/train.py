@@ -1,6 +1,5 @@
 """Training the miniature Kolors from nothing: every stage in turn, each from where it stopped, then the checkpoint."""
 
-import json
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -73,7 +72,7 @@ class Run:
         path = self.folder / "recipe.json"
         if not path.is_file() and self.here.first:
             with written(path) as beside:
-                write_json(beside, asdict(self.recipe))
+                write_json(beside, self.recipe.record())
         self.here.wait()
 
     def tokenizer(self) -> Tokenizer:
@@ -163,7 +162,7 @@ class Run:
 def check_recipe(folder: Path, recipe: Recipe) -> None:
     """Raises ValueError if the folder holds a run of another recipe."""
     path = folder / "recipe.json"
-    if path.is_file() and read_json(path) != json.loads(json.dumps(asdict(recipe))):
+    if path.is_file() and read_json(path) != recipe.record():
         raise ValueError(f"{folder} holds a run of another recipe; give another folder with --folder")
 
 
