@@ -15,7 +15,7 @@ from .config import GLMConfig, UNetConfig, VAEConfig
 from .models.glm import GLMEncoder
 from .models.unet import TransformerBlock, UNet
 from .models.vae import VAE, memory_format
-from .offload import Carrier, let_rest, make_carrier
+from .offload import Carrier, let_rest, make_carrier, make_way
 from .sampling import NoiseSchedule, Sampler, read_scheduler_config
 from .tokenizer import Tokenizer
 
@@ -73,11 +73,14 @@ def load_parts(
     denoiser = load_network(networks["unet"], dtype, device, carrier)
     if compile:
         compile_blocks(denoiser)
+    vae = load_network(networks["vae"], vae_dtype, device)
+    if carrier is not None:
+        make_way(vae.decoder, carrier)
     return Parts(
         tokenizer=tokenizer,
         text_encoder=load_network(networks["text_encoder"], dtype, device, carrier),
         unet=denoiser,
-        vae=load_network(networks["vae"], vae_dtype, device),
+        vae=vae,
         schedule=NoiseSchedule(config),
         sampler=sampler,
         zero_empty_negative=checkpoint.force_zeros_for_empty_prompt,

@@ -23,6 +23,10 @@ Check = Callable[[str, Tensor], None]
 """Refuses the tensor of that name if it is damaged."""
 ALIGNMENT = 256
 """Of a weight's first byte in a buffer: what kernels ask for at most."""
+KEPT = 35 * 10**8
+"""Bytes of the network at work that a stream to CUDA lets stay: of the UNet in fp16 three quarters."""
+SMALL = 10**7
+"""Bytes below which it costs more to begin a copy than to make it."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -59,14 +63,16 @@ class Unit:
     """Weights that come and go together: those of a block, a layer or a whole network.
 
     Attributes:
-        room: the bytes that the largest unit of its network takes on the device.
-        following: the unit that probably computes next.
+        network: all units of its network, in the order in which they were made.
+        following: the unit that probably has to come next.
+        stays: whether it stays on the device as long as its network is at work.
     """
 
     def __init__(self, weights: list[Weight], check: Check) -> None:
         self.weights, self.check, self.checked = weights, check, False
-        self.room = self.num_bytes
+        self.network = (self,)
         self.following: Unit | None = None
+        self.stays = False
 
     @property
     def num_bytes(self) -> int:
@@ -81,12 +87,16 @@ class Unit:
 
     @torch.inference_mode(False)  # what stays may serve a later call that records gradients
     def arrive(self) -> None:
-        """Brings the weights; on a CPU those already in the right type and layout are used in place."""
+        """Brings all weights or none; on a CPU those already in the right type and layout are used in place."""
         self.check_once()
-        for weight in self.weights:
-            layout = torch.channels_last if weight.is_convolution else torch.preserve_format
-            place = {"device": weight.absent.device, "dtype": weight.absent.dtype}
-            weight.parameter.data = weight.stored.to(**place, memory_format=layout)
+        try:
+            for weight in self.weights:
+                layout = torch.channels_last if weight.is_convolution else torch.preserve_format
+                place = {"device": weight.absent.device, "dtype": weight.absent.dtype}
+                weight.parameter.data = weight.stored.to(**place, memory_format=layout)
+        except BaseException:
+            self.leave()
+            raise
 
     def leave(self) -> None:
         """Drops the weights from the device."""
@@ -100,7 +110,13 @@ class Unit:
 
 
 class Carrier(Protocol):
-    """What is told before and after a unit computes."""
+    """What is told before and after a unit computes.
+
+    Attributes:
+        capacity: bytes of a network's weights that may stay as long as it is at work.
+    """
+
+    capacity: int
 
     def before(self, unit: Unit) -> None:
         """Sees to it that the unit's weights are there."""
@@ -108,9 +124,14 @@ class Carrier(Protocol):
     def after(self, unit: Unit) -> None:
         """The unit has computed."""
 
+    def clear(self) -> None:
+        """Lets all weights leave that are still there."""
+
 
 class OneAtATime:
     """A unit stays until another needs the place: for whole networks."""
+
+    capacity = 0
 
     def __init__(self) -> None:
         self.present: Unit | None = None
@@ -119,22 +140,24 @@ class OneAtATime:
         """See `Carrier.before`."""
         if unit is self.present:
             return
-        if self.present is not None:
-            self.present.leave()
-        self.present = None
-        try:
-            unit.arrive()
-        except Exception:
-            unit.leave()
-            raise
+        self.clear()
+        unit.arrive()
         self.present = unit
 
     def after(self, unit: Unit) -> None:
         """See `Carrier.after`."""
 
+    def clear(self) -> None:
+        """See `Carrier.clear`."""
+        if self.present is not None:
+            self.present.leave()
+        self.present = None
+
 
 class Stream:
     """A unit leaves as soon as it has computed: for devices that gain nothing by looking ahead."""
+
+    capacity = 0
 
     def before(self, unit: Unit) -> None:
         """See `Carrier.before`."""
@@ -143,6 +166,9 @@ class Stream:
     def after(self, unit: Unit) -> None:
         """See `Carrier.after`."""
         unit.leave()
+
+    def clear(self) -> None:
+        """See `Carrier.clear`."""
 
 
 class Slot:
@@ -169,18 +195,24 @@ class Slot:
 
 
 class PinnedStream:
-    """As `Stream` for CUDA: while a unit computes, the next one is copied, so two are there at a time."""
+    """As `Stream` for CUDA: some units stay; of the others, the next one is copied while the last computes."""
+
+    capacity = KEPT
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.copying = device, torch.cuda.Stream(device)
         self.slots: list[Slot] = []
-        self.room = 0
+        self.network: tuple[Unit, ...] = ()
+        self.staying: list[Unit] = []
         self.last: Unit | None = None
 
     def before(self, unit: Unit) -> None:
         """See `Carrier.before`."""
-        if unit.room != self.room:
-            self.make_room(unit.room)
+        if unit.network is not self.network:
+            self.make_room(unit.network)
+        if unit.stays:
+            self.keep(unit)
+            return
         if self.last is not None:
             self.last.following = unit
         self.last = unit
@@ -192,20 +224,36 @@ class PinnedStream:
 
     def after(self, unit: Unit) -> None:
         """See `Carrier.after`."""
+        if unit.stays:
+            return
         unit.leave()
         self.slots[-1].used.record(torch.cuda.current_stream(self.device))
         if unit.following is not None:
             self.fetch(unit.following)
 
+    def clear(self) -> None:
+        """See `Carrier.clear`."""
+        for unit in self.staying:
+            unit.leave()
+        # Memory of the slots must not be used for something else before the last copy has ended.
+        torch.cuda.current_stream(self.device).wait_stream(self.copying)
+        self.slots, self.network, self.staying, self.last = [], (), [], None
+
     @torch.inference_mode(False)  # the slots outlast the call
-    def make_room(self, num_bytes: int) -> None:
-        """Makes two slots for the units of another network."""
-        computing = torch.cuda.current_stream(self.device)
-        computing.wait_stream(self.copying)  # before memory of the old slots is used for something else
-        self.slots, self.last = [], None
-        self.slots = [Slot(num_bytes, self.device) for _ in range(2)]
-        self.room = num_bytes
-        self.copying.wait_stream(computing)  # which may still work on what was in this memory
+    def make_room(self, network: tuple[Unit, ...]) -> None:
+        """Drops what there is of another network, and makes two slots for the units of this one that do not stay."""
+        self.clear()
+        room = max((unit.num_bytes for unit in network if not unit.stays), default=0)
+        self.slots = [Slot(room, self.device) for _ in range(2)]
+        self.network = network
+        # What was computed last may still work on what was in this memory.
+        self.copying.wait_stream(torch.cuda.current_stream(self.device))
+
+    def keep(self, unit: Unit) -> None:
+        """Brings a unit that stays, unless it is there."""
+        if unit not in self.staying:
+            unit.arrive()
+            self.staying.append(unit)
 
     @torch.inference_mode(False)
     def fetch(self, unit: Unit) -> Slot:
@@ -268,21 +316,55 @@ def let_rest(
         units = dict.fromkeys(groups, Unit([weight for group in groups.values() for weight in group], check))
     else:
         units = {head: Unit(group, check) for head, group in groups.items()}
-    room = max(unit.num_bytes for unit in units.values())
-    for unit, following in zip_longest(units.values(), list(units.values())[1:]):
-        unit.room, unit.following = room, following
+    once = {units[projection] for projection in projections(network)}
+    let_stay(tuple(dict.fromkeys(units.values())), once, carrier.capacity)
     for head, unit in units.items():
         head.register_forward_pre_hook(lambda head, inputs, unit=unit: carrier.before(unit))
         head.register_forward_hook(lambda head, inputs, output, unit=unit: carrier.after(unit))
 
 
+def let_stay(network: tuple[Unit, ...], once: set[Unit], capacity: int) -> None:
+    """Makes one network of units, and decides which of them stay once they are there: none that compute only once.
+
+    Small ones do and those of convolutions, whose layout takes long to change; then every so-manieth of the rest, so
+    that there is always time to copy the next one that does not.
+    """
+    size = lambda units: sum(unit.num_bytes for unit in units)
+    rest = [unit for unit in network if unit not in once]
+    stay = [unit for unit in rest if unit.num_bytes < SMALL or any(weight.is_convolution for weight in unit.weights)]
+    if size(stay) > capacity:
+        stay = []
+    rest, owed = [unit for unit in rest if unit not in stay], 0.0
+    share = (capacity - size(stay)) / max(1, size(rest))
+    for unit in rest:
+        owed += share * unit.num_bytes
+        if owed >= unit.num_bytes:
+            stay.append(unit)
+            owed -= unit.num_bytes
+    for unit in network:
+        unit.network, unit.stays = network, unit in stay
+    moving = [unit for unit in network if not unit.stays]
+    for unit, following in zip_longest(moving, moving[1:]):
+        unit.following = following
+
+
+def make_way(network: nn.Module, carrier: Carrier) -> None:
+    """Lets the weights that visit the device leave before a network computes that needs much memory."""
+    network.register_forward_pre_hook(lambda network, inputs: carrier.clear())
+
+
+def projections(network: nn.Module) -> set[nn.Module]:
+    """Gives the projections of cross-attentions to keys and values: they compute before the loop, the rest in it."""
+    attentions = [module.cross_attn for module in network.modules() if isinstance(module, TransformerBlock)]
+    return {projection for attention in attentions for projection in (attention.k, attention.v)}
+
+
 def parameters_by_unit(network: nn.Module) -> dict[nn.Module, dict[str, nn.Parameter]]:
     """Gives the parameters that the call of a block, or of a layer outside of blocks, needs, by their full names.
 
-    The projections of cross-attentions to keys and values stand apart: they compute before the loop, the rest in it.
+    Each of the projections of cross-attentions to keys and values stands apart.
     """
-    attentions = [module.cross_attn for module in network.modules() if isinstance(module, TransformerBlock)]
-    apart = {projection for attention in attentions for projection in (attention.k, attention.v)}
+    apart = projections(network)
     units: dict[nn.Module, dict[str, nn.Parameter]] = {}
 
     def visit(module: nn.Module, prefix: str, head: nn.Module | None) -> None:

@@ -91,8 +91,9 @@ class KolorsPipeline:
             unet: a checkpoint or single file whose UNet replaces the folder's.
             offload: where the text encoder and the UNet are. "none": on the device. "model": in the file, and on the
                 device one at a time, while it works. "stream": in the file, and on the device block by block, for
-                machines whose memory holds neither. The pictures are the same; the autoencoder and the networks of
-                image prompts are always on the device. A weight of another type than dtype is cast every time.
+                machines whose memory holds neither; on CUDA up to 3.5 GB stay as long as a network works. The pictures
+                are the same; the autoencoder and the networks of image prompts are always on the device. A weight of
+                another type than dtype is cast every time.
             compile: whether torch compiles the UNet's transformer blocks while the first picture is made, for the next
                 ones to be faster; not with offload, and on a CPU a C++ compiler is needed.
 

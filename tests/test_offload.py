@@ -19,15 +19,17 @@ from kolors_ref.models.clip import CLIPVision
 from kolors_ref.models.ip_adapter import IPAdapter
 
 MODES = ("model", "stream")
+HALF = 100_000
+"""Bytes, about half of what each of the small networks takes in 16 bits."""
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA"))]
 
 
-@pytest.fixture(params=["model", "stream", "pinned stream"])
+@pytest.fixture(params=["model", "stream", "pinned stream", "half pinned stream"])
 def carrier(request, monkeypatch):
     """A mode of offloading on a CPU: its name; the way of CUDA with a stand-in for CUDA's streams and events."""
-    if request.param == "pinned stream":
-        pretend_cuda(monkeypatch)
-    return request.param.removeprefix("pinned ")
+    if "pinned" in request.param:
+        pretend_cuda(monkeypatch, HALF if "half" in request.param else 0)
+    return request.param.split()[-1]
 
 
 class PretendEvent:
@@ -50,8 +52,8 @@ class PretendStream:
         event.awaited = True
 
 
-def pretend_cuda(monkeypatch):
-    """Lets "stream" stream on a CPU as it does on CUDA, one thing after the other.
+def pretend_cuda(monkeypatch, capacity=0):
+    """Lets "stream" stream on a CPU as it does on CUDA, one thing after the other; `capacity` bytes may stay.
 
     A buffer must not be written before it is known that nobody reads it, nor read before it is known to be written.
     """
@@ -63,6 +65,8 @@ def pretend_cuda(monkeypatch):
         return views(slot, half, unit)
 
     monkeypatch.setattr(offload.Slot, "views", checked_views)
+    monkeypatch.setattr(offload.PinnedStream, "capacity", capacity)
+    monkeypatch.setattr(offload, "SMALL", 10_000)
     monkeypatch.setattr(torch, "empty", lambda *args, pin_memory=False, **kwargs: empty(*args, **kwargs))
     monkeypatch.setattr(torch.cuda, "Event", PretendEvent)
     monkeypatch.setattr(torch.cuda, "Stream", PretendStream)
@@ -286,9 +290,61 @@ def test_a_pinned_stream_holds_two_units(checkpoint_copy, monkeypatch):
     for _ in draw_steps(pipe, 3):
         assert present(units(pipe.text_encoder) + units(pipe.unet)) == []
         largest = max(unit_sizes(pipe.unet))
-        assert [len(slot.buffer) for slot in carrier.slots] == [carrier.room] * 2
-        assert largest <= carrier.room < largest + offload.ALIGNMENT * 40
+        room, other = (len(slot.buffer) for slot in carrier.slots)
+        assert room == other
+        assert largest <= room < largest + offload.ALIGNMENT * 40
     assert sum(late) <= 4  # the first of each network and, between its preparation and the loop, of the UNet
+
+
+def test_a_pinned_stream_lets_some_units_stay(checkpoint_copy, monkeypatch):
+    """Of the network at work as many as it may, brought once; those in between are copied in every step."""
+    pretend_cuda(monkeypatch, HALF)
+    arrivals, arrive = [], offload.Unit.arrive
+    monkeypatch.setattr(offload.Unit, "arrive", lambda unit: (arrivals.append(unit), arrive(unit)))
+    fetched, views = [], offload.Slot.views
+    monkeypatch.setattr(
+        offload.Slot, "views", lambda slot, half, unit: (fetched.append(unit), views(slot, half, unit))[1]
+    )
+    pipe = KolorsPipeline.from_pretrained(in_half(checkpoint_copy), torch.bfloat16, offload="stream")
+    glm, unet = units(pipe.text_encoder), units(pipe.unet)
+    for step, _ in enumerate(draw_steps(pipe, 3)):
+        assert present(glm) == []
+        assert HALF * 0.8 < sum(present(unet)) <= HALF
+        if step == 0:
+            stayed = set(arrivals)
+            arrivals.clear()
+            fetched.clear()
+    assert not arrivals
+    assert fetched
+    assert not stayed & set(fetched)
+    pipe.encode_prompt("a cat")
+    assert present(unet) == []
+
+
+def test_decoding_has_the_memory_to_itself(checkpoint_copy, carrier):
+    """Whatever stayed of the UNet leaves first; the next picture is the same."""
+    pipe = KolorsPipeline.from_pretrained(in_half(checkpoint_copy), torch.bfloat16, offload=carrier)
+    everything, seen = units(pipe.text_encoder) + units(pipe.unet), []
+    pipe.vae.decoder.conv_in.register_forward_hook(lambda *args: seen.append(present(everything)))
+    assert torch.equal(draw(pipe), draw(pipe))
+    assert seen == [[], []]
+
+
+@pytest.mark.parametrize(
+    ("capacity", "staying"),
+    [(0, ""), (2.5, "ab5"), (5.5, "ab1357"), (100, "ab01234567")],
+)
+def test_what_stays_is_spread_out(capacity, staying):
+    """Small units and those of convolutions first, the rest as evenly as there is room; none that compute once."""
+    shapes = {"a": (10**3,), "b": (2500, 1000, 2, 2), **dict.fromkeys("c01234567", (10**7,))}
+    units = {}
+    for name, shape in shapes.items():
+        weight = torch.empty(shape, dtype=torch.half, device="meta")
+        units[name] = offload.Unit([offload.Weight(name, torch.nn.Parameter(weight), weight, weight)], None)
+    offload.let_stay(tuple(units.values()), {units["c"]}, capacity * 20_000_000)
+    assert "".join(name for name, unit in units.items() if unit.stays) == staying
+    moving = [unit for unit in units.values() if not unit.stays]
+    assert [unit.following for unit in moving] == [*moving[1:], None]
 
 
 def draw_steps(pipe, count):
@@ -300,7 +356,7 @@ def test_one_network_at_a_time(checkpoint_copy):
     pipe = KolorsPipeline.from_pretrained(in_half(checkpoint_copy), torch.bfloat16, offload="model")
     with watched(pipe) as seen:
         for _ in range(2):
-            draw(pipe, num_inference_steps=1)
+            draw(pipe, num_inference_steps=1, output_type="latent")
     whole = {tuple(unit_sizes(pipe.text_encoder)), tuple(unit_sizes(pipe.unet))}
     assert {(tuple(glm) or tuple(unet)) for glm, unet in seen} == whole
     assert not any(glm and unet for glm, unet in seen)
