@@ -75,6 +75,7 @@ def load_parts(
         compile_blocks(denoiser)
     vae = load_network(networks["vae"], vae_dtype, device)
     if carrier is not None:
+        make_way(vae.encoder, carrier)
         make_way(vae.decoder, carrier)
     return Parts(
         tokenizer=tokenizer,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .models.glm import Layer
-from .models.unet import ResBlock, TransformerBlock
+from .models.unet import ResBlock, TransformerBlock, UNet
 
 MODES = ("none", "model", "stream")
 BLOCKS = (Layer, ResBlock, TransformerBlock)
@@ -24,7 +24,7 @@ Check = Callable[[str, Tensor], None]
 ALIGNMENT = 256
 """Of a weight's first byte in a buffer: what kernels ask for at most."""
 KEPT = 35 * 10**8
-"""Bytes of the network at work that a stream to CUDA lets stay: of the UNet in fp16 three quarters."""
+"""Bytes of the UNet that a stream to CUDA lets stay, if twice as many are free: in fp16 three quarters of all."""
 SMALL = 10**7
 """Bytes below which it costs more to begin a copy than to make it."""
 
@@ -149,9 +149,9 @@ class OneAtATime:
 
     def clear(self) -> None:
         """See `Carrier.clear`."""
-        if self.present is not None:
-            self.present.leave()
-        self.present = None
+        unit, self.present = self.present, None
+        if unit is not None:
+            unit.leave()
 
 
 class Stream:
@@ -197,9 +197,8 @@ class Slot:
 class PinnedStream:
     """As `Stream` for CUDA: some units stay; of the others, the next one is copied while the last computes."""
 
-    capacity = KEPT
-
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, capacity: int) -> None:
+        self.capacity = capacity
         self.device, self.copying = device, torch.cuda.Stream(device)
         self.slots: list[Slot] = []
         self.network: tuple[Unit, ...] = ()
@@ -233,11 +232,13 @@ class PinnedStream:
 
     def clear(self) -> None:
         """See `Carrier.clear`."""
-        for unit in self.staying:
-            unit.leave()
+        while self.staying:
+            self.staying.pop().leave()
+        if self.last is not None:
+            self.last.leave()  # it is still there if its computation failed
         # Memory of the slots must not be used for something else before the last copy has ended.
         torch.cuda.current_stream(self.device).wait_stream(self.copying)
-        self.slots, self.network, self.staying, self.last = [], (), [], None
+        self.slots, self.network, self.last = [], (), None
 
     @torch.inference_mode(False)  # the slots outlast the call
     def make_room(self, network: tuple[Unit, ...]) -> None:
@@ -245,9 +246,9 @@ class PinnedStream:
         self.clear()
         room = max((unit.num_bytes for unit in network if not unit.stays), default=0)
         self.slots = [Slot(room, self.device) for _ in range(2)]
-        self.network = network
         # What was computed last may still work on what was in this memory.
         self.copying.wait_stream(torch.cuda.current_stream(self.device))
+        self.network = network
 
     def keep(self, unit: Unit) -> None:
         """Brings a unit that stays, unless it is there."""
@@ -288,7 +289,10 @@ def make_carrier(mode: str, device: torch.device) -> Carrier | None:
         return None
     if mode == "model":
         return OneAtATime()
-    return PinnedStream(device) if device.type == "cuda" else Stream()
+    if device.type != "cuda":
+        return Stream()
+    free, _ = torch.cuda.mem_get_info(device)
+    return PinnedStream(device, min(KEPT, free // 2))
 
 
 def let_rest(
@@ -316,7 +320,7 @@ def let_rest(
         units = dict.fromkeys(groups, Unit([weight for group in groups.values() for weight in group], check))
     else:
         units = {head: Unit(group, check) for head, group in groups.items()}
-    once = {units[projection] for projection in projections(network)}
+    once = {unit for head, unit in units.items() if head in computed_once(network)}
     let_stay(tuple(dict.fromkeys(units.values())), once, carrier.capacity)
     for head, unit in units.items():
         head.register_forward_pre_hook(lambda head, inputs, unit=unit: carrier.before(unit))
@@ -353,8 +357,15 @@ def make_way(network: nn.Module, carrier: Carrier) -> None:
     network.register_forward_pre_hook(lambda network, inputs: carrier.clear())
 
 
+def computed_once(network: nn.Module) -> set[nn.Module]:
+    """Gives what computes once a picture: all of a text encoder, and of the UNet what `prepare` calls."""
+    if not isinstance(network, UNet):
+        return set(network.modules())
+    return {network.text_proj, *network.size_embed.modules(), *projections(network)}
+
+
 def projections(network: nn.Module) -> set[nn.Module]:
-    """Gives the projections of cross-attentions to keys and values: they compute before the loop, the rest in it."""
+    """Gives the projections of cross-attentions to keys and values."""
     attentions = [module.cross_attn for module in network.modules() if isinstance(module, TransformerBlock)]
     return {projection for attention in attentions for projection in (attention.k, attention.v)}
 

@@ -91,7 +91,7 @@ class KolorsPipeline:
             unet: a checkpoint or single file whose UNet replaces the folder's.
             offload: where the text encoder and the UNet are. "none": on the device. "model": in the file, and on the
                 device one at a time, while it works. "stream": in the file, and on the device block by block, for
-                machines whose memory holds neither; on CUDA up to 3.5 GB stay as long as a network works. The pictures
+                machines whose memory holds neither; on CUDA up to 3.5 GB of the UNet stay while it works. The pictures
                 are the same; the autoencoder and the networks of image prompts are always on the device. A weight of
                 another type than dtype is cast every time.
             compile: whether torch compiles the UNet's transformer blocks while the first picture is made, for the next
@@ -250,13 +250,6 @@ class KolorsPipeline:
         images = image_layers(adapters, request, self.unet, height, width, self.factor)
         text = self._embed(request)
         text = text[torch.arange(len(text.pooled)).repeat_interleave(request.num_images_per_prompt)]
-        calls = [slice(None)]
-        if is_apart(self.unet.conv_in.weight):
-            calls = [slice(i, None, request.num_images) for i in range(request.num_images)]
-        contexts = [
-            self.unet.prepare(part.sequence, part.pooled, sizes[rows], part.key_bias).add(select(images, rows))
-            for rows, part in ((rows, text[rows]) for rows in calls)
-        ]
 
         shape = (request.num_images, self.unet.config.in_channels, height // self.factor, width // self.factor)
         if image is not None:
@@ -265,6 +258,14 @@ class KolorsPipeline:
             latents = check_latents(request.latents, shape).to(self.device) * plan.initial_scale
         else:
             latents = draw_noise(shape, request.generator, self.device, self.dtype) * plan.initial_scale
+
+        calls = [slice(None)]
+        if is_apart(self.unet.conv_in.weight):
+            calls = [slice(i, None, request.num_images) for i in range(request.num_images)]
+        contexts = [
+            self.unet.prepare(part.sequence, part.pooled, sizes[rows], part.key_bias).add(select(images, rows))
+            for rows, part in ((rows, text[rows]) for rows in calls)
+        ]
         noise_dtype = torch.promote_types(self.dtype, torch.float32)
         draw = lambda: draw_noise(shape, request.generator, self.device, noise_dtype)
         return Denoising(

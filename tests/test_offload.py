@@ -3,6 +3,7 @@
 import contextlib
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,11 +13,13 @@ from test_loading import NETWORKS, WEIGHTS, draw, edit_weights
 from test_lora import updates
 
 from kolors_ref import KolorsPipeline, loading, lora, offload
-from kolors_ref.config import IPAdapterConfig
+from kolors_ref.config import GLMConfig, IPAdapterConfig, UNetConfig
 from kolors_ref.image_prompts import Adapter
 from kolors_ref.ip_adapter_file import cross_attention_channels
 from kolors_ref.models.clip import CLIPVision
+from kolors_ref.models.glm import GLMEncoder
 from kolors_ref.models.ip_adapter import IPAdapter
+from kolors_ref.models.unet import UNet
 
 MODES = ("model", "stream")
 HALF = 100_000
@@ -33,12 +36,12 @@ def carrier(request, monkeypatch):
 
 
 class PretendEvent:
-    """Whether what it marks may be going on still (`pending`), and whether the computation waits for it (`awaited`)."""
+    """What an event marks: it may be going on still, the computation waits for it, it has yet to be marked."""
 
-    pending = awaited = False
+    pending = awaited = due = False
 
     def record(self, stream=None):
-        self.pending, self.awaited = True, False
+        self.pending, self.awaited, self.due = True, False, False
 
     def synchronize(self):
         self.pending = False
@@ -46,10 +49,13 @@ class PretendEvent:
 
 class PretendStream:
     def __init__(self, *args):
-        self.wait_stream = lambda other: None
+        self.awaits = None
 
     def wait_event(self, event):
         event.awaited = True
+
+    def wait_stream(self, other):
+        self.awaits = other
 
 
 def pretend_cuda(monkeypatch, capacity=0):
@@ -60,19 +66,24 @@ def pretend_cuda(monkeypatch, capacity=0):
     empty, make, views = torch.empty, offload.make_carrier, offload.Slot.views
 
     def checked_views(slot, half, unit):
-        reading = half is slot.buffer
-        assert slot.copied.awaited if reading else not (slot.copied.pending or slot.used.pending)
+        if half is slot.buffer:
+            assert slot.copied.awaited
+            assert not slot.copied.due
+            slot.used.due = True
+        else:
+            assert not any((slot.copied.pending, slot.used.pending, slot.used.due))
+            slot.copied.due = True
         return views(slot, half, unit)
 
     monkeypatch.setattr(offload.Slot, "views", checked_views)
-    monkeypatch.setattr(offload.PinnedStream, "capacity", capacity)
     monkeypatch.setattr(offload, "SMALL", 10_000)
     monkeypatch.setattr(torch, "empty", lambda *args, pin_memory=False, **kwargs: empty(*args, **kwargs))
     monkeypatch.setattr(torch.cuda, "Event", PretendEvent)
     monkeypatch.setattr(torch.cuda, "Stream", PretendStream)
-    monkeypatch.setattr(torch.cuda, "current_stream", PretendStream)
+    computing = PretendStream()
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: computing)
     monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
-    pinned = lambda mode, device: offload.PinnedStream(device) if mode == "stream" else make(mode, device)
+    pinned = lambda mode, device: offload.PinnedStream(device, capacity) if mode == "stream" else make(mode, device)
     monkeypatch.setattr(loading, "make_carrier", pinned)
 
 
@@ -237,8 +248,11 @@ def test_calls_that_are_mixed(checkpoint_copy, carrier):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_the_same_pictures_on_cuda(small_checkpoint, dtype, mode):
+@pytest.mark.parametrize("capacity", [0, HALF, offload.KEPT])
+def test_the_same_pictures_on_cuda(small_checkpoint, monkeypatch, capacity, dtype, mode):
     """Several times, for copies and computation to overlap in many ways."""
+    monkeypatch.setattr(offload, "KEPT", capacity)
+    monkeypatch.setattr(offload, "SMALL", 10_000)
     resident, pipe = (
         KolorsPipeline.from_pretrained(small_checkpoint, dtype, "cuda", offload=name) for name in ("none", mode)
     )
@@ -270,7 +284,7 @@ def test_a_stream_holds_one_unit(checkpoint_copy):
 def test_a_pinned_stream_holds_two_units(checkpoint_copy, monkeypatch):
     """Two slots of the largest unit's size; once the order is known, every unit is there before it is asked for."""
     pretend_cuda(monkeypatch)
-    carrier = offload.PinnedStream(torch.device("cpu"))
+    carrier = offload.PinnedStream(torch.device("cpu"), 0)
     monkeypatch.setattr(loading, "make_carrier", lambda mode, device: carrier)
     pipe = KolorsPipeline.from_pretrained(in_half(checkpoint_copy), torch.bfloat16, offload="stream")
     late, before, after = [], carrier.before, carrier.after
@@ -294,6 +308,48 @@ def test_a_pinned_stream_holds_two_units(checkpoint_copy, monkeypatch):
         assert room == other
         assert largest <= room < largest + offload.ALIGNMENT * 40
     assert sum(late) <= 4  # the first of each network and, between its preparation and the loop, of the UNet
+
+
+def test_slots_come_and_go_when_nothing_is_copied_or_computed(monkeypatch):
+    pretend_cuda(monkeypatch)
+    carrier = offload.PinnedStream(torch.device("cpu"), 0)
+    carrier.make_room(())
+    assert carrier.copying.awaits is torch.cuda.current_stream(carrier.device)
+    assert len(carrier.slots) == 2
+    torch.cuda.current_stream(carrier.device).awaits = None
+    carrier.clear()
+    assert torch.cuda.current_stream(carrier.device).awaits is carrier.copying
+    assert carrier.slots == []
+
+
+def test_a_unit_that_failed_leaves_with_the_others(checkpoint_copy, monkeypatch):
+    pretend_cuda(monkeypatch)
+    carrier = offload.PinnedStream(torch.device("cpu"), 0)
+    monkeypatch.setattr(loading, "make_carrier", lambda mode, device: carrier)
+    pipe = KolorsPipeline.from_pretrained(in_half(checkpoint_copy), torch.bfloat16, offload="stream")
+    pipe.text_encoder.layers[1].attn.register_forward_hook(lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        draw(pipe)
+    carrier.clear()
+    assert present(units(pipe.text_encoder)) == []
+
+
+def test_a_unit_comes_as_a_whole_or_not_at_all():
+    class Broken:
+        ndim = 2
+
+        def to(self, **place):
+            raise KeyboardInterrupt
+
+    parameters = [torch.nn.Parameter(torch.zeros(()).expand(3, 3)) for _ in range(2)]
+    weights = [
+        offload.Weight("w", parameter, stored, parameter.data)
+        for parameter, stored in zip(parameters, (torch.ones(3, 3), Broken()), strict=True)
+    ]
+    unit = offload.Unit(weights, lambda name, stored: None)
+    with pytest.raises(KeyboardInterrupt):
+        unit.arrive()
+    assert present([parameters]) == []
 
 
 def test_a_pinned_stream_lets_some_units_stay(checkpoint_copy, monkeypatch):
@@ -321,13 +377,49 @@ def test_a_pinned_stream_lets_some_units_stay(checkpoint_copy, monkeypatch):
     assert present(unet) == []
 
 
-def test_decoding_has_the_memory_to_itself(checkpoint_copy, carrier):
+def test_the_autoencoder_has_the_memory_to_itself(checkpoint_copy, carrier):
     """Whatever stayed of the UNet leaves first; the next picture is the same."""
     pipe = KolorsPipeline.from_pretrained(in_half(checkpoint_copy), torch.bfloat16, offload=carrier)
     everything, seen = units(pipe.text_encoder) + units(pipe.unet), []
-    pipe.vae.decoder.conv_in.register_forward_hook(lambda *args: seen.append(present(everything)))
-    assert torch.equal(draw(pipe), draw(pipe))
-    assert seen == [[], []]
+    for half in (pipe.vae.encoder, pipe.vae.decoder):
+        half.conv_in.register_forward_hook(lambda *args: seen.append(present(everything)))
+    image = Image.effect_noise((32, 32), 60)
+    assert torch.equal(draw(pipe, image=image), draw(pipe, image=image))
+    assert seen == [[]] * 4
+
+
+def test_an_interruption_while_weights_leave(checkpoint_copy, carrier, monkeypatch):
+    """What has left by half does not pass for being there."""
+    pipe = KolorsPipeline.from_pretrained(in_half(checkpoint_copy), torch.float32, offload=carrier)
+    expected = draw(pipe)
+
+    def interrupt(unit):
+        unit.weights[0].parameter.data = unit.weights[0].absent
+        raise KeyboardInterrupt
+
+    for _ in range(2):
+        with monkeypatch.context() as patch:
+            patch.setattr(offload.Unit, "leave", interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                draw(pipe)
+        assert torch.equal(draw(pipe), expected)
+
+
+def test_what_stays_of_the_official_networks(monkeypatch):
+    """In fp16 a gigabyte of the UNet moves in every step; of what computes once a picture, nothing stays."""
+    networks, let_stay = [], offload.let_stay
+    monkeypatch.setattr(offload, "let_stay", lambda *args: networks.append(args) or let_stay(*args))
+    for make, config in ((UNet, UNetConfig()), (GLMEncoder, GLMConfig())):
+        with torch.device("meta"):
+            network = make(config)
+        stored = network.half().state_dict()
+        offload.let_rest(network, stored, torch.half, "meta", SimpleNamespace(capacity=offload.KEPT), None)
+    (unet, once, _), (glm, *_) = networks
+    size = lambda units: sum(unit.num_bytes for unit in units)
+    assert 0.95 * offload.KEPT < size(unit for unit in unet if unit.stays) <= offload.KEPT
+    assert size(unit for unit in unet if not unit.stays and unit not in once) < 1e9
+    assert not any(unit.stays for unit in (*once, *glm))
+    assert len(once) == 2 * 70 + 3
 
 
 @pytest.mark.parametrize(
