@@ -16,6 +16,7 @@ COMMANDS = ("generate", "train", "evaluate")
 DTYPES = ("float32", "bfloat16", "float16")
 ABLATIONS = ("bag-of-words", "short-captions", "dense-captions", "sdxl-schedule", "no-tuning")
 MODEL_HELP = "a checkpoint's folder, or the id of a hub repository (default: the embedded miniature)"
+GUIDANCE_HELP = "1 is no guidance (default: the checkpoint's, or 6.5)"
 OFFLOAD_HELP = "keep networks in the file: on the device one at a time, or block by block (default: %(default)s)"
 DECODING_HELP = "tiled needs less memory above 1024 pixels, and is approximate (default: %(default)s)"
 UNRECORDED = ("command", "output", "repeat", "help")
@@ -107,7 +108,7 @@ def build_parsers() -> tuple[Parser, Parser]:
     add("--height", type=int, help="in pixels, a multiple of 8 (default: the model's native size)")
     add("--width", type=int, help="in pixels, a multiple of 8 (default: the model's native size)")
     add("--steps", type=int, default=25, help="denoising steps (default: %(default)s)")
-    add("--guidance-scale", type=float, default=6.5, help="1 is no guidance (default: %(default)s)")
+    add("--guidance-scale", type=float, help=GUIDANCE_HELP)
     add("--guidance-interval", metavar="START,END", help="guide these shares of the steps only, such as 0.2,0.8")
     add("--sampler", metavar="NAME", help="such as euler or dpmpp-2m-karras (default: the checkpoint's)")
     add("--seed", type=seed_number, metavar="N", help="of the noise (default: drawn, and printed)")
@@ -141,7 +142,7 @@ def add_train(commands: "argparse._SubParsersAction[Parser]") -> None:
     add("what", choices=("mini",), help="the model to train")
     add("--folder", type=Path, default=Path("mini-training"), help="for all that is written (default: %(default)s)")
     add("--scale", type=positive, default=1.0, metavar="F", help="times the steps and the data (default: %(default)s)")
-    add("--unet-steps", type=counting, metavar="N", help="of the UNet (default: 8750), and a twentieth for its tuning")
+    add("--unet-steps", type=counting, metavar="N", help="of the UNet (default: 14250), its tuning in proportion")
     add("--seed", type=seed_number, default=0, metavar="N", help="of weights, data and noise (default: %(default)s)")
     add("--ablate", choices=ABLATIONS, help="leave something out, to see what it is good for")
     add("--reuse", type=Path, metavar="DIR", help="take the stages that are the same from the folder of another run")
@@ -155,7 +156,7 @@ def add_evaluate(commands: "argparse._SubParsersAction[Parser]") -> None:
     add = commands.add_parser("evaluate", help="score a model", description=about).add_argument
     add("--model", default="mini", metavar="DIR", help=MODEL_HELP)
     add("--steps", type=int, default=25, help="denoising steps (default: %(default)s)")
-    add("--guidance-scale", type=float, default=6.5, help="1 is no guidance (default: %(default)s)")
+    add("--guidance-scale", type=float, help=GUIDANCE_HELP)
     add("--sampler", metavar="NAME", help="such as euler or dpmpp-2m-karras (default: the checkpoint's)")
     add("--seed", type=seed_number, default=0, metavar="N", help="of the noise (default: %(default)s)")
     add("--language", choices=("zh", "en"), help="of the prompts (default: both)")

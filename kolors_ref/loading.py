@@ -17,6 +17,7 @@ from .models.unet import TransformerBlock, UNet
 from .models.vae import VAE, memory_format
 from .offload import Carrier, let_rest, make_carrier, make_way
 from .sampling import NoiseSchedule, Sampler, read_scheduler_config
+from .sampling.guidance import GUIDANCE_SCALE
 from .tokenizer import Tokenizer
 
 NETWORKS = {"text_encoder": (GLMEncoder, GLMConfig), "unet": (UNet, UNetConfig), "vae": (VAE, VAEConfig)}
@@ -38,6 +39,7 @@ class Parts:
     schedule: NoiseSchedule
     sampler: Sampler
     zero_empty_negative: bool
+    guidance_scale: float
     offload: str
 
 
@@ -85,6 +87,7 @@ def load_parts(
         schedule=NoiseSchedule(config),
         sampler=sampler,
         zero_empty_negative=checkpoint.force_zeros_for_empty_prompt,
+        guidance_scale=GUIDANCE_SCALE if checkpoint.guidance_scale is None else checkpoint.guidance_scale,
         offload=offload,
     )
 

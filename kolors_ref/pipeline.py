@@ -23,6 +23,7 @@ from .models.unet import UNet, select
 from .models.vae import VAE
 from .request import Request
 from .sampling import NoiseSchedule, Plan, Sampler, get_sampler
+from .sampling.guidance import GUIDANCE_SCALE
 from .sampling.noise import draw_noise
 from .text_layout import TextEmbeddings, concatenate, packed_layout, padded_layout
 from .tokenizer import MAX_LENGTH, Tokenizer
@@ -49,6 +50,7 @@ class KolorsPipeline:
         schedule: the noise schedule of training.
         sampler: what is used where a call names none: the one that the checkpoint's scheduler_config.json asks for.
         zero_empty_negative: whether negative_prompt=None stands for embeddings of zeros instead of for "".
+        guidance_scale: of classifier-free guidance where a call names none: the checkpoint's.
         offload: where the text encoder and the UNet are; see `from_pretrained`.
         ip_adapters: the IP-Adapters loaded, by name, in order of loading.
     """
@@ -62,11 +64,12 @@ class KolorsPipeline:
         schedule: NoiseSchedule,
         sampler: Sampler,
         zero_empty_negative: bool = False,
+        guidance_scale: float = GUIDANCE_SCALE,
         offload: str = "none",
     ) -> None:
         self.tokenizer, self.text_encoder, self.unet, self.vae = tokenizer, text_encoder, unet, vae
         self.schedule, self.sampler, self.zero_empty_negative = schedule, sampler, zero_empty_negative
-        self.offload = offload
+        self.guidance_scale, self.offload = guidance_scale, offload
         self.ip_adapters: dict[str, Adapter] = {}
 
     @classmethod
@@ -237,6 +240,8 @@ class KolorsPipeline:
             ValueError, TypeError: an argument is wrong.
         """
         request = Request(*args, **kwargs)
+        if request.guidance_scale is None:
+            request = replace(request, guidance_scale=self.guidance_scale)
         sampler, plan = self._plan(request)
         image = None if request.image is None else to_pixels(request.image, request.height, request.width, self.factor)
         height, width = self._size(request)

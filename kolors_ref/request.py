@@ -38,7 +38,8 @@ class Request:
             or for "", as the checkpoint says.
         height, width: in pixels, multiples of 8; the size the UNet was trained for if None.
         num_inference_steps: of the sampler; not looked at if timesteps or sigmas are given.
-        guidance_scale: of classifier-free guidance; at 1 or below only the prompt's branch is computed.
+        guidance_scale: of classifier-free guidance; at 1 or below only the prompt's branch is computed. None is what
+            the checkpoint asks for, 6.5 if it does not say.
         sampler: a name (see `sampling.SAMPLERS`) or an instance; the one that the checkpoint asks for if None.
         num_images_per_prompt: pictures of the same prompt come one after the other.
         generator: one for all pictures, or a list with one for each.
@@ -75,7 +76,7 @@ class Request:
     height: int | None = None
     width: int | None = None
     num_inference_steps: int = 25
-    guidance_scale: float = 6.5
+    guidance_scale: float | None = None
     sampler: str | Sampler | None = None
     num_images_per_prompt: int = 1
     generator: Generators = None
@@ -111,7 +112,8 @@ class Request:
             get_sampler(self.sampler)
         check_count("max_sequence_length", self.max_sequence_length, MAX_TOKENS)
         check_count("num_images_per_prompt", self.num_images_per_prompt, MAX_IMAGES)
-        check_number("guidance_scale", self.guidance_scale)
+        if self.guidance_scale is not None:
+            check_number("guidance_scale", self.guidance_scale)
         if self.guidance_interval is not None:
             check_interval("guidance_interval", self.guidance_interval)
         check_number("strength", self.strength, 0.0, 1.0)
@@ -142,7 +144,7 @@ class Request:
 
     @property
     def guided(self) -> bool:
-        """Whether there is a negative branch."""
+        """Whether there is a negative branch; the guidance scale must be known."""
         return self.guidance_scale > 1
 
     def _check_image_prompts(self) -> None:

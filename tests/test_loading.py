@@ -1,6 +1,7 @@
 """Checkpoints to pipelines: every layout, without a copy of the weights; and one line for each way to be broken."""
 
 import json
+import math
 import os
 import pickle
 import re
@@ -219,6 +220,22 @@ def test_what_no_negative_prompt_stands_for(checkpoint_copy, force_zeros):
     expected = with_zeros if force_zeros else draw(pipe, negative_prompt="")
     assert torch.allclose(draw(pipe, negative_prompt=None), expected, atol=1e-5)
     assert not torch.allclose(with_zeros, draw(pipe, negative_prompt=""), atol=1e-3)
+
+
+def test_the_guidance_that_a_checkpoint_asks_for(checkpoint_copy, tmp_path):
+    """Kolors' own if it does not say, as none of diffusers does; ours may, and conversion keeps it."""
+    assert KolorsPipeline.from_pretrained(checkpoint_copy).guidance_scale == 6.5
+    convert(checkpoint_copy, tmp_path / "ours")
+    assert "guidance_scale" not in json.loads((tmp_path / "ours" / "kolors-ref.json").read_text())["pipeline"]
+    edit_json(tmp_path / "ours" / "kolors-ref.json", pipeline={"guidance_scale": 2.0})
+    convert(tmp_path / "ours", tmp_path / "again")
+    pipe = KolorsPipeline.from_pretrained(tmp_path / "again")
+    assert torch.equal(draw(pipe), draw(pipe, guidance_scale=2.0))
+    assert not torch.allclose(draw(pipe), draw(pipe, guidance_scale=6.5), atol=1e-3)
+    for wrong in ("2", True, math.inf, [2]):
+        edit_json(tmp_path / "again" / "kolors-ref.json", pipeline={"guidance_scale": wrong})
+        with pytest.raises(ValueError, match=r"the pipeline's guidance_scale is .*; it must be a number"):
+            KolorsPipeline.from_pretrained(tmp_path / "again")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

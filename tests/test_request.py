@@ -42,7 +42,7 @@ WRONG_TYPES = {
     "height": NO_COUNTS,
     "width": NO_COUNTS,
     "num_inference_steps": [*NO_COUNTS, None],
-    "guidance_scale": [*NO_NUMBERS, None],
+    "guidance_scale": [*NO_NUMBERS, [None]],
     "sampler": [3, 2.5, b"euler", ["euler"], {}, object(), True, Euler],
     "num_images_per_prompt": [*NO_COUNTS, None],
     "generator": [3, 2.5, "seed", [3], [None], {}, object(), True, torch.Generator],

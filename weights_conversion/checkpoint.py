@@ -8,6 +8,7 @@ The layouts, by the name in `Checkpoint.layout`:
     unet-file   one .safetensors file with a UNet under diffusers' names, to be put over a base checkpoint
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,7 +62,10 @@ class Network:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An opened checkpoint: networks by component name, the scheduler's config, the tokenizer's file."""
+    """An opened checkpoint: networks by component name, the scheduler's config, the tokenizer's file.
+
+    `guidance_scale` is what it asks to be sampled with; None if it does not say, as no checkpoint of diffusers does.
+    """
 
     path: Path
     layout: str
@@ -69,6 +73,7 @@ class Checkpoint:
     scheduler: dict[str, Any] | None = None
     tokenizer: Path | None = None
     force_zeros_for_empty_prompt: bool = False
+    guidance_scale: float | None = None
 
 
 def open_checkpoint(path: str | Path, variant: str | None = None) -> Checkpoint:
@@ -123,7 +128,10 @@ def _open_kolors_ref(path: Path, variant: str | None) -> Checkpoint:
         raise ValueError(f"{where}: scheduler and pipeline must be objects.")
     tokenizer = _first_file(path / "tokenizer.model")
     force_zeros = bool(pipeline.get("force_zeros_for_empty_prompt", False))
-    return Checkpoint(path, "kolors-ref", networks, scheduler, tokenizer, force_zeros)
+    scale = pipeline.get("guidance_scale")
+    if scale is not None and not (type(scale) in (int, float) and math.isfinite(scale)):
+        raise ValueError(f"{where}: the pipeline's guidance_scale is {scale!r}; it must be a number.")
+    return Checkpoint(path, "kolors-ref", networks, scheduler, tokenizer, force_zeros, scale)
 
 
 def _open_diffusers(path: Path, variant: str | None) -> Checkpoint:

@@ -108,6 +108,8 @@ def _write_kolors_ref(checkpoint: Checkpoint, folder: Path, dtype: torch.dtype |
         write_safetensors(folder / f"{name}.safetensors", network.tensors, dtype, on_bytes)
     index["scheduler"] = checkpoint.scheduler
     index["pipeline"] = {"force_zeros_for_empty_prompt": checkpoint.force_zeros_for_empty_prompt}
+    if checkpoint.guidance_scale is not None:
+        index["pipeline"]["guidance_scale"] = checkpoint.guidance_scale
     write_json(folder / OUR_INDEX, index)
     shutil.copyfile(checkpoint.tokenizer, folder / "tokenizer.model")
 

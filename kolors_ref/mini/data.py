@@ -36,7 +36,7 @@ def example(seed: int, index: int, held_out: bool = False, clean: bool = False) 
     """Draws example number `index` of a seed.
 
     With `held_out`, one of combinations of attributes that training must never show. With `clean`, one of the
-    subset for quality tuning: upright, in exact sizes and colours, on a grid and well apart.
+    subset for quality tuning: upright, in exact sizes and colours, in line and well apart.
     """
     rng = generator(seed, index)
     scene = sample_scene(rng, held_out, clean)

@@ -39,6 +39,12 @@ The error in the noise falls as 1 / (10 + variance); evened out, all levels coun
 """
 GOLDEN = (5**0.5 - 1) / 2
 """Multiples of the golden ratio, modulo 1, are spread evenly: so are the levels of noise of every batch."""
+LEVELS = ((0.0, 0.15, 0.9, 1.0), (0.0, 0.35, 0.9, 1.0))
+"""Shares of the examples, counted from those with the least noise, and the shares of the schedule that they have.
+
+Three in four have noise 1.1 to 14 times as strong as the latents, where it is decided what stands where; to prefer the
+middle of a schedule is from Esser et al. 2024, section 3.1.
+"""
 SHARD = 2048
 """Pictures whose latents are in one file."""
 
@@ -147,7 +153,7 @@ def denoising_batches(
         for number in numbers:
             rng = generator(seed + 3, number)
             captions.append(new_caption(seed, number % len(cached.latents), clean, dense_share, rng))
-            timesteps.append(int(number * GOLDEN % 1 * num_timesteps))
+            timesteps.append(int(np.interp(number * GOLDEN % 1, *LEVELS) * num_timesteps))
             noises.append(unit_noise(seed, number, tuple(cached.latents.shape[1:])))
         rows = [number % len(cached.latents) for number in numbers]
         original = torch.where(cached.small[rows], CANVAS / 2, float(CANVAS))

@@ -45,6 +45,9 @@ SCHEDULER = {
 }
 """What the miniature asks to be sampled with, in the terms of scheduler_config.json; the betas are the recipe's."""
 
+GUIDANCE_SCALE = 2.5
+"""What the miniature asks to be guided with: more makes it draw more things than it is asked for."""
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -112,12 +115,12 @@ class Recipe:
     glm: Stage = Stage("glm", 4000, 32, 1.5e-3, 1e-5, matrix_rate=5e-3, weight_decay=0.1)
     vae: Stage = Stage("vae", 5500, 24, 2e-3, 2e-4)
     vae_whole: Stage = Stage("vae-whole", 1000, 4, 2e-4, 1e-6)
-    unet: Stage = Stage("unet", 8750, 64, 1e-3, 1e-4, matrix_rate=2e-3, cooldown=0.2, ema_decay=0.9995)
-    unet_tuning: Stage = Stage("unet-tuning", 440, 64, 1e-4, 1e-6, matrix_rate=2e-4)
+    unet: Stage = Stage("unet", 14250, 64, 1e-3, 1e-5, matrix_rate=2e-3, cooldown=1 / 3, ema_decay=0.9995)
+    unet_tuning: Stage = Stage("unet-tuning", 700, 64, 1e-4, 1e-6, matrix_rate=2e-4)
     scenes: int = 49152
     clean_scenes: int = 12288
     schedule: ScheduleConfig = SCHEDULE
-    dense_share: float = 0.5
+    dense_share: float = 0.25
     bag_of_words: bool = False
 
     def scaled(self, factor: float) -> "Recipe":

@@ -58,8 +58,8 @@ def sample_scene(rng: np.random.Generator, held_out: bool = False, clean: bool =
     """Draws a scene.
 
     With `held_out`, its first thing has a combination of attributes that training never shows; without, none has.
-    A clean scene, for quality tuning, is drawn upright in the exact sizes and colours, with things on the lines of a
-    grid and wide gaps; any other is a little turned, scaled, shaded and shifted.
+    A clean scene, for quality tuning, is drawn upright in the exact sizes and colours, with rows and columns in line
+    and wide gaps; any other is a little turned, scaled, shaded and shifted.
     """
     layout = pick(rng, tuple(LAYOUTS), tuple(LAYOUTS.values()))
     while True:  # about half of the proposals fit
@@ -146,8 +146,8 @@ def _cells(rng: np.random.Generator, form: str, count: int) -> list[tuple[int, i
 def _coordinate(rng: np.random.Generator, cell: int, extent: float, clean: bool) -> float:
     """Draws a coordinate of a centre within column or row `cell` of the grid."""
     if cell == 1:
-        return CANVAS / 2 if clean else between(rng, 55, 73)
-    near = max(26.0, extent / 2 + 2 * GAP) if clean else between(rng, extent / 2 + GAP, 42)
+        return between(rng, 59, 69) if clean else between(rng, 55, 73)
+    near = between(rng, extent / 2 + (2 * GAP if clean else GAP), 42)
     return near if cell == 0 else round(CANVAS - near, 1)
 
 

@@ -194,7 +194,7 @@ def export(
         "version": 1,
         **{name: asdict(config) for name, config in configs.items()},
         "scheduler": recipe.scheduler_config(),
-        "pipeline": {"force_zeros_for_empty_prompt": False},
+        "pipeline": {"force_zeros_for_empty_prompt": False, "guidance_scale": sizes.GUIDANCE_SCALE},
     }
     with written(folder / "kolors-ref.json") as beside:
         write_json(beside, index)

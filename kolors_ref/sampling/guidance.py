@@ -2,6 +2,9 @@
 
 from torch import Tensor
 
+GUIDANCE_SCALE = 6.5
+"""What a checkpoint is guided with that does not say, as those of Kolors."""
+
 
 def classifier_free_guidance(noise_pred: Tensor, scale: float) -> Tensor:
     """Moves the prediction away from the negative prompt's (Ho and Salimans 2022, eq. 6, as Imagen writes it).

@@ -126,7 +126,7 @@ def test_the_unets_steps_can_be_chosen(capsys, monkeypatch):
     monkeypatch.setattr(commands, "train_mini", lambda *arguments: calls.append(arguments))
     assert run(capsys, "train", "mini", "--unet-steps", "1000")[0] == 0
     recipe = calls[0][1]
-    assert (recipe.unet.steps, recipe.unet_tuning.steps) == (1000, 50)
+    assert (recipe.unet.steps, recipe.unet_tuning.steps) == (1000, 49)
     assert recipe == replace(Recipe(), unet=recipe.unet, unet_tuning=recipe.unet_tuning)
 
 

@@ -293,11 +293,16 @@ def test_only_enlarged_pictures_are_told_to_be_small(batches):
         assert row == [64.0, 64.0, 0.0, 0.0, 128.0, 128.0] if small else row == [128.0, 128.0, 0.0, 0.0, 128.0, 128.0]
 
 
-def test_timesteps_are_even_and_noise_is_of_unit_scale(batches):
+def test_most_timesteps_are_in_the_middle_and_noise_is_of_unit_scale(batches):
+    """In every stretch of examples alike, and even within the middle and on either side of it."""
     _, noise, timestep, *_ = batches(range(400))
     assert (timestep.min() >= 0, timestep.max() < 1100) == (True, True)
-    counts = torch.histc(timestep.float(), bins=4, min=0, max=1100)
-    assert counts.min() > 70
+    for part in timestep.split(100):
+        assert ((part >= 385) & (part < 990)).sum().item() == pytest.approx(75, abs=3)
+        assert (part >= 990).sum().item() == pytest.approx(10, abs=3)
+    for low, high, share in ((0, 385, 0.15), (385, 990, 0.75), (990, 1100, 0.1)):
+        counts = torch.histc(timestep.float(), bins=4, min=low, max=high)
+        assert counts.tolist() == pytest.approx([100 * share] * 4, abs=6)
     assert noise.mean().abs() < 0.01
     assert noise.std() == pytest.approx(1, abs=0.01)
 

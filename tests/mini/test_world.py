@@ -95,6 +95,7 @@ def test_clean_scenes_are_upright_and_exact():
     for scene in CLEAN:
         assert all(t.angle == 0 and t.shade == 0 and t.extent == SIZES[t.size] for t in scene.things)
     assert any(thing.angle for scene in SCENES[:20] for thing in scene.things)
+    assert len({thing.x for scene in CLEAN for thing in scene.things}) > 200, "things stand anywhere in their places"
 
 
 @pytest.mark.parametrize("relation", RELATIONS)
