@@ -127,7 +127,7 @@ def our_image_layers(adapter, unet: nn.Module, embeds: Tensor) -> list:
     from kolors_ref.image_prompts import image_layers
     from kolors_ref.request import Request
 
-    return image_layers([adapter], Request(PROMPT, ip_adapter_embeds=[embeds]), unet, 8, 8, 8)
+    return image_layers([adapter], Request(PROMPT, guidance_scale=GUIDANCE, ip_adapter_embeds=[embeds]), unet, 8, 8, 8)
 
 
 def our_image(folder: Path, job: Job) -> Call:
