@@ -8,7 +8,6 @@ The layouts, by the name in `Checkpoint.layout`:
     unet-file   one .safetensors file with a UNet under diffusers' names, to be put over a base checkpoint
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from weights_conversion.files import Tensors, find_weights, open_file, open_weights, read_json
 from weights_conversion.keymaps import KEYMAPS
+from weights_conversion.keymaps.fields import read
 
 OUR_INDEX = "kolors-ref.json"
 PIPELINES = (
@@ -128,9 +128,8 @@ def _open_kolors_ref(path: Path, variant: str | None) -> Checkpoint:
         raise ValueError(f"{where}: scheduler and pipeline must be objects.")
     tokenizer = _first_file(path / "tokenizer.model")
     force_zeros = bool(pipeline.get("force_zeros_for_empty_prompt", False))
-    scale = pipeline.get("guidance_scale")
-    if scale is not None and not (type(scale) in (int, float) and math.isfinite(scale)):
-        raise ValueError(f"{where}: the pipeline's guidance_scale is {scale!r}; it must be a number.")
+    said = pipeline.get("guidance_scale") is not None
+    scale = read(pipeline, "guidance_scale", float, f"{where}: pipeline") if said else None
     return Checkpoint(path, "kolors-ref", networks, scheduler, tokenizer, force_zeros, scale)
 
 

@@ -4,6 +4,7 @@ A missing field takes the default of the official class. A field that would chan
 not supported is an error that names it; so is a field the tables do not know, unless it is switched off (null, false).
 """
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -67,7 +68,7 @@ class ConfigTable:
 
 
 def read(config: dict, name: str, kind: type, where: str, length: int | None = None) -> Any:
-    """A field of a config as an int, a float or a tuple of ints; raises ValueError where it is something else.
+    """A field of a config as an int, a finite float or a tuple of ints; ValueError where it is something else.
 
     `length` asks for that many entries, and repeats a single number as often: diffusers takes most numbers either as
     one for the network or as one for each level.
@@ -81,7 +82,7 @@ def read(config: dict, name: str, kind: type, where: str, length: int | None = N
     if kind is int:
         good = _is_int(value) and value > 0
     elif kind is float:
-        good = isinstance(value, int | float) and not isinstance(value, bool)
+        good = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
     else:
         good = isinstance(value, list | tuple) and len(value) > 0 and all(_is_int(v) and v >= 0 for v in value)
     if not good:
