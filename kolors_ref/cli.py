@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from .mini.recipe import Recipe
 from .picture_file import check_writable, content_hash, read_parameters, save_picture
 
 if TYPE_CHECKING:
@@ -17,6 +18,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 ABLATIONS = ("bag-of-words", "short-captions", "dense-captions", "sdxl-schedule", "no-tuning")
 MODEL_HELP = "a checkpoint's folder, or the id of a hub repository (default: the embedded miniature)"
 GUIDANCE_HELP = "1 is no guidance (default: the checkpoint's, or 6.5)"
+UNET_STEPS_HELP = f"of the UNet (default: {Recipe().unet.steps}), its tuning in proportion"
 OFFLOAD_HELP = "keep networks in the file: on the device one at a time, or block by block (default: %(default)s)"
 DECODING_HELP = "tiled needs less memory above 1024 pixels, and is approximate (default: %(default)s)"
 UNRECORDED = ("command", "output", "repeat", "help")
@@ -142,7 +144,7 @@ def add_train(commands: "argparse._SubParsersAction[Parser]") -> None:
     add("what", choices=("mini",), help="the model to train")
     add("--folder", type=Path, default=Path("mini-training"), help="for all that is written (default: %(default)s)")
     add("--scale", type=positive, default=1.0, metavar="F", help="times the steps and the data (default: %(default)s)")
-    add("--unet-steps", type=counting, metavar="N", help="of the UNet (default: 14250), its tuning in proportion")
+    add("--unet-steps", type=counting, metavar="N", help=UNET_STEPS_HELP)
     add("--seed", type=seed_number, default=0, metavar="N", help="of weights, data and noise (default: %(default)s)")
     add("--ablate", choices=ABLATIONS, help="leave something out, to see what it is good for")
     add("--reuse", type=Path, metavar="DIR", help="take the stages that are the same from the folder of another run")

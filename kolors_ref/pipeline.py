@@ -264,6 +264,7 @@ class KolorsPipeline:
         else:
             latents = draw_noise(shape, request.generator, self.device, self.dtype) * plan.initial_scale
 
+        # After the encoding of a picture, which needs the room that the UNet takes if its weights visit the device.
         calls = [slice(None)]
         if is_apart(self.unet.conv_in.weight):
             calls = [slice(i, None, request.num_images) for i in range(request.num_images)]
