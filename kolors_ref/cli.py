@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
 COMMANDS = ("generate", "train", "evaluate")
 DTYPES = ("float32", "bfloat16", "float16")
-ABLATIONS = ("bag-of-words", "short-captions", "dense-captions", "sdxl-schedule", "no-tuning")
+ABLATIONS = ("bag-of-words", "short-captions", "dense-captions", "sdxl-schedule", "no-tuning", "no-reward")
 MODEL_HELP = "a checkpoint's folder, or the id of a hub repository (default: the embedded miniature)"
 GUIDANCE_HELP = "1 is no guidance (default: the checkpoint's, or 6.5)"
-UNET_STEPS_HELP = f"of the UNet (default: {Recipe().unet.steps}), its tuning in proportion"
+UNET_STEPS_HELP = f"of the UNet (default: {Recipe().unet.steps}), what follows in proportion"
 OFFLOAD_HELP = "keep networks in the file: on the device one at a time, or block by block (default: %(default)s)"
 DECODING_HELP = "tiled needs less memory above 1024 pixels, and is approximate (default: %(default)s)"
 UNRECORDED = ("command", "output", "repeat", "help")

@@ -74,12 +74,21 @@ class DenoisingLoss(nn.Module):
             timestep: (B,) whole numbers.
             sizes, text, pooled, bias: see `UNet.prepare`.
         """
+        noise_pred = self.unet(
+            self.noisy(latents, noise, timestep), timestep, self.unet.prepare(text, pooled, sizes, bias)
+        )
+        return (self.weight(timestep) * (noise_pred.float() - noise).square()).mean()
+
+    def noisy(self, latents: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
+        """Latents and noise, mixed as the schedule has it at timesteps (B,)."""
         signal = self.signal[timestep][:, None, None, None]
-        noisy = signal.sqrt() * latents + (1 - signal).sqrt() * noise
-        noise_pred = self.unet(noisy, timestep, self.unet.prepare(text, pooled, sizes, bias))
+        return signal.sqrt() * latents + (1 - signal).sqrt() * noise
+
+    def weight(self, timestep: Tensor) -> Tensor:
+        """What the squared error counts at timesteps (B,), as (B, 1, 1, 1)."""
+        signal = self.signal[timestep][:, None, None, None]
         snr = signal / (1 - signal)
-        weight = (snr.clamp(max=SNR_LIMIT) / snr) * (1 + 1 / (EVEN_VARIANCE * snr))
-        return (weight * (noise_pred.float() - noise).square()).mean()
+        return (snr.clamp(max=SNR_LIMIT) / snr) * (1 + 1 / (EVEN_VARIANCE * snr))
 
     def hidden_matrices(self) -> list[nn.Parameter]:
         """The matrices of the blocks, for Muon: neither what reads the inputs nor what gives the output."""

@@ -36,6 +36,7 @@ def train(
     folder: Path,
     here: Processes,
     previous: bool = False,
+    average: AveragedModel | None = None,
 ) -> nn.Module:
     """Trains a module whose forward maps a batch to its loss; goes on from the last checkpoint in the folder.
 
@@ -46,6 +47,7 @@ def train(
         folder: of the checkpoints and the curve.
         here: this process; every process takes its share of each batch.
         previous: go on from the last checkpoint but one.
+        average: what `average_of` gave, for a caller whose batches depend on it.
 
     Returns:
         The module with the moving average of its weights.
@@ -56,7 +58,7 @@ def train(
         OSError: a checkpoint cannot be written.
     """
     check_shares(stage, here)
-    average = AveragedModel(module, avg_fn=lambda old, new, count: old.lerp(new, 1 - ema_decay(stage, count)))
+    average = average_of(stage, module) if average is None else average
     optimizers = Optimizers(stage, module)
     settings = json.dumps(asdict(stage))
     state = load_state(folder, stage.name, settings, previous)
@@ -112,6 +114,11 @@ def check_finite(stage: Stage, step: int, loss: Tensor, norm: Tensor) -> None:
             f"the loss of {stage.name} is {loss.item():g} and its gradient {norm.item():g} at step {step}; "
             "a lower learning rate may help"
         )
+
+
+def average_of(stage: Stage, module: nn.Module) -> AveragedModel:
+    """A moving average of a module's weights, which begins with those that it has."""
+    return AveragedModel(module, avg_fn=lambda old, new, count: old.lerp(new, 1 - ema_decay(stage, count)))
 
 
 def ema_decay(stage: Stage, count: Tensor) -> Tensor:

@@ -95,6 +95,10 @@ class Stage:
         )
 
 
+STAGES = ("glm", "vae", "vae_whole", "unet", "unet_tuning", "unet_reward")
+"""The stages of a recipe, in their order."""
+
+
 @dataclass(frozen=True)
 class Recipe:
     """Everything that decides what comes out of training, but the machine.
@@ -102,8 +106,8 @@ class Recipe:
     Attributes:
         seed: of data, weights and noise.
         tokenizer_captions: captions that the SentencePiece model is made from.
-        glm, vae, vae_whole, unet, unet_tuning: the stages; those of the autoencoder work on crops and on whole
-            pictures, those of the UNet on the broad mix of pictures and on the clean subset.
+        glm, vae, vae_whole, unet, unet_tuning, unet_reward: the stages; those of the autoencoder work on crops and on
+            whole pictures, those of the UNet on the broad mix of pictures, on the clean subset, and on its own.
         scenes, clean_scenes: pictures whose latents are kept for the two stages of the UNet.
         schedule: the noise schedule.
         dense_share: the share of dense captions that the UNet sees; the rest are short.
@@ -117,6 +121,9 @@ class Recipe:
     vae_whole: Stage = Stage("vae-whole", 1000, 4, 2e-4, 1e-6)
     unet: Stage = Stage("unet", 14250, 64, 1e-3, 1e-5, matrix_rate=2e-3, cooldown=1 / 3, ema_decay=0.9995)
     unet_tuning: Stage = Stage("unet-tuning", 700, 64, 1e-4, 1e-6, matrix_rate=2e-4)
+    unet_reward: Stage = Stage(
+        "unet-reward", 1200, 64, 2e-4, 2e-5, weight_decay=0.0, warmup=12, cooldown=0.3, ema_decay=0.97, save_every=60
+    )
     scenes: int = 49152
     clean_scenes: int = 12288
     schedule: ScheduleConfig = SCHEDULE
@@ -125,9 +132,7 @@ class Recipe:
 
     def scaled(self, factor: float) -> "Recipe":
         """The same recipe made longer or shorter: all stages and all data."""
-        stages = {
-            field: getattr(self, field).scaled(factor) for field in ("glm", "vae", "vae_whole", "unet", "unet_tuning")
-        }
+        stages = {field: getattr(self, field).scaled(factor) for field in STAGES}
         counts = {
             field: max(64, round(getattr(self, field) * factor))
             for field in ("tokenizer_captions", "scenes", "clean_scenes")
@@ -135,9 +140,9 @@ class Recipe:
         return replace(self, **stages, **counts)
 
     def with_unet_steps(self, steps: int) -> "Recipe":
-        """The same recipe with another number of steps of concept learning; quality tuning changes in proportion."""
-        tuning = self.unet_tuning.scaled(steps / self.unet.steps)
-        return replace(self, unet=replace(self.unet, steps=steps), unet_tuning=tuning)
+        """The same recipe with another number of steps of concept learning; what follows changes in proportion."""
+        tuning, reward = (stage.scaled(steps / self.unet.steps) for stage in (self.unet_tuning, self.unet_reward))
+        return replace(self, unet=replace(self.unet, steps=steps), unet_tuning=tuning, unet_reward=reward)
 
     def record(self) -> dict[str, Any]:
         """The contents of a run's recipe.json, as they are read back."""

@@ -11,6 +11,7 @@ from .training_state import written
 
 TOKENIZER = ("seed", "tokenizer_captions")
 AUTOENCODER = ("seed", "vae", "vae_whole")
+DENOISER = (*TOKENIZER, "glm", "bag_of_words", *AUTOENCODER, "scenes", "schedule", "dense_share", "unet")
 DECIDED_BY = {
     "tokenizer.model": TOKENIZER,
     "glm.safetensors": (*TOKENIZER, "glm", "bag_of_words"),
@@ -19,8 +20,10 @@ DECIDED_BY = {
     "vae-scale.json": AUTOENCODER,
     "latents-[0-9]*.safetensors": (*AUTOENCODER, "scenes"),
     "latents-clean-[0-9]*.safetensors": (*AUTOENCODER, "clean_scenes"),
+    "unet.safetensors": DENOISER,
+    "unet-tuning.safetensors": (*DENOISER, "clean_scenes", "unet_tuning"),
 }
-"""The files of a run up to the UNet, and the fields of the recipe that decide what is in each."""
+"""The files of a run, and the fields of the recipe that decide what is in each."""
 
 
 def reuse_stages(folder: Path, other: Path, recipe: Recipe) -> list[str]:

@@ -6,27 +6,29 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from weights_conversion.files import read_json, write_json, write_safetensors
 
 from ..config import VAEConfig
 from ..models.glm import GLMEncoder
 from ..models.vae import VAE
-from ..sampling import NoiseSchedule
+from ..sampling import NoiseSchedule, read_scheduler_config
 from ..tokenizer import Tokenizer
 from . import recipe as sizes
 from .autoencoder import CROP, AutoencoderLoss, measured_scale, picture_batches
 from .denoiser import DenoisingLoss, Latents, cache_latents, denoising_batches
 from .first_weights import first_weights
 from .language_model import LanguageModel, bag_of_words, caption_batches
-from .loop import train
+from .loop import average_of, train
 from .processes import Processes
 from .recipe import Recipe, Stage
+from .reward_tuning import RewardLoss, judged_drawing, reward_batches
 from .tokenizer_training import train_tokenizer
 from .training_state import read_result, write_tensors, written
 
-CLEAN_SEED = 1
-"""Added to the recipe's seed for the pictures of quality tuning."""
+CLEAN_SEED, REWARD_SEED = 1, 100
+"""Added to the recipe's seed for the pictures of quality tuning, and for the captions of reward tuning."""
 
 
 def train_mini(folder: Path, recipe: Recipe, here: Processes, previous: bool = False) -> Path:
@@ -51,7 +53,7 @@ def train_mini(folder: Path, recipe: Recipe, here: Processes, previous: bool = F
     run.tokenizer()
     language_model = run.language_model()
     vae = run.autoencoder()
-    unet = run.denoiser(language_model.encoder, vae)
+    unet = run.rewarded(run.denoiser(language_model.encoder, vae), language_model.encoder, vae)
     model = folder / "model"
     if here.first:
         export(model, folder / "tokenizer.model", recipe, language_model, unet, vae)
@@ -105,7 +107,7 @@ class Run:
         self.here.wait()
         return with_config(loss.vae, replace(sizes.VAE, scaling_factor=read_json(path)["scaling_factor"]))
 
-    def denoiser(self, text_encoder: GLMEncoder, vae: VAE) -> nn.Module:
+    def denoiser(self, text_encoder: GLMEncoder, vae: VAE) -> DenoisingLoss:
         """The UNet: concept learning on the broad mix, then quality tuning on the clean subset."""
         schedule, tokenizer = NoiseSchedule(self.recipe.schedule), self.tokenizer()
         loss = self.seeded(lambda: DenoisingLoss(sizes.UNET, schedule))
@@ -132,14 +134,35 @@ class Run:
                 text_encoder,
             )
             loss = self.stage(stage, loss, batches)
-        return loss.unet
+        return loss
 
-    def stage(self, stage: Stage, module: nn.Module, batches: Callable[[range], tuple[Tensor, ...]]) -> nn.Module:
+    def rewarded(self, tuned: DenoisingLoss, text_encoder: GLMEncoder, vae: VAE) -> nn.Module:
+        """The UNet after the judge has rewarded pictures that it drew."""
+        stage = self.recipe.unet_reward
+        if not stage.steps:
+            return tuned.unet
+        schedule, sampler = read_scheduler_config(self.recipe.scheduler_config())
+        schedule = NoiseSchedule(schedule)
+        loss = self.seeded(lambda: RewardLoss(sizes.UNET, schedule))
+        loss.load_state_dict(tuned.state_dict())
+        seed = self.recipe.seed + REWARD_SEED
+        draw = judged_drawing(vae, self.tokenizer(), text_encoder, schedule, sampler, seed, self.here)
+        average = average_of(stage, loss)
+        batches = reward_batches(average.module, draw, seed + 1, stage.batch_size, self.here)
+        return self.stage(stage, loss, batches, average).unet
+
+    def stage(
+        self,
+        stage: Stage,
+        module: nn.Module,
+        batches: Callable[[range], tuple[Tensor, ...]],
+        average: AveragedModel | None = None,
+    ) -> nn.Module:
         """Trains a module, unless that was done before; gives it with the average of its weights, frozen."""
         path = self.weights(stage)
         if not path.is_file():
             module = module.to(self.here.device).train().requires_grad_(True)
-            module = train(stage, module, batches, self.folder, self.here, self.previous)
+            module = train(stage, module, batches, self.folder, self.here, self.previous, average)
             if self.here.first:
                 write_tensors(path, module.state_dict())
             self.here.wait()

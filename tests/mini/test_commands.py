@@ -14,7 +14,9 @@ from kolors_ref.mini.reuse import reuse_stages
 
 UNFINISHED = "unet-00000200.safetensors"
 LATENTS = ("latents-0000000.safetensors", "latents-0002048.safetensors", "latents-clean-0000000.safetensors")
-REST = ("vae-whole.safetensors", "vae-scale.json", *LATENTS)
+UNETS = ("unet", "unet-tuning", "unet-reward")
+DENOISED = ("unet.safetensors", "unet-tuning.safetensors")
+REST = ("vae-whole.safetensors", "vae-scale.json", *LATENTS, *DENOISED)
 
 
 def run(capsys, *arguments):
@@ -35,13 +37,14 @@ def test_an_ablation_changes_the_unet_alone_or_the_words(name):
     plain, ablated = asdict(Recipe()), asdict(commands.ABLATIONS[name](Recipe()))
     changed = {field for field in plain if plain[field] != ablated[field]}
     assert changed
-    assert changed <= {"bag_of_words", "dense_share", "schedule", "unet", "unet_tuning"}
+    assert changed <= {"bag_of_words", "dense_share", "schedule", "unet_tuning", "unet_reward"}
 
 
-def test_without_tuning_the_rest_is_as_it_was():
-    ablated = commands.ABLATIONS["no-tuning"](Recipe())
-    assert ablated.unet_tuning.steps == 0
-    assert replace(ablated, unet_tuning=Recipe().unet_tuning) == Recipe()
+@pytest.mark.parametrize(("name", "stage"), [("no-tuning", "unet_tuning"), ("no-reward", "unet_reward")])
+def test_without_a_tuning_the_rest_is_as_it_was(name, stage):
+    ablated = commands.ABLATIONS[name](Recipe())
+    assert getattr(ablated, stage).steps == 0
+    assert replace(ablated, **{stage: getattr(Recipe(), stage)}) == Recipe()
 
 
 def a_run(folder, recipe):
@@ -50,7 +53,7 @@ def a_run(folder, recipe):
     (folder / "recipe.json").write_text(json.dumps(asdict(recipe)))
     for name in ("tokenizer.model", "glm.safetensors", "vae.safetensors", "vae-whole.safetensors", "vae-scale.json"):
         (folder / name).write_text(name)
-    for name in ("latents-0000000", "latents-0002048", "latents-clean-0000000", "unet", "unet-00000200"):
+    for name in ("latents-0000000", "latents-0002048", "latents-clean-0000000", *UNETS, "unet-00000200"):
         (folder / f"{name}.safetensors").write_text(name)
     return folder
 
@@ -58,17 +61,19 @@ def a_run(folder, recipe):
 @pytest.mark.parametrize(
     ("change", "missing"),
     [
-        ({"dense_share": 0.0}, set()),
-        ({"bag_of_words": True}, {"glm.safetensors"}),
-        ({"scenes": 64}, {"latents-0000000.safetensors", "latents-0002048.safetensors"}),
-        ({"vae_whole": replace(Recipe().vae_whole, steps=7)}, {"vae-whole.safetensors", "vae-scale.json", *LATENTS}),
+        ({"unet_reward": replace(Recipe().unet_reward, steps=0)}, set()),
+        ({"unet_tuning": replace(Recipe().unet_tuning, steps=0)}, {"unet-tuning.safetensors"}),
+        ({"dense_share": 0.0}, set(DENOISED)),
+        ({"bag_of_words": True}, {"glm.safetensors", *DENOISED}),
+        ({"scenes": 64}, {"latents-0000000.safetensors", "latents-0002048.safetensors", *DENOISED}),
+        ({"vae_whole": replace(Recipe().vae_whole, steps=7)}, set(REST)),
         ({"seed": 1}, {"tokenizer.model", "glm.safetensors", "vae.safetensors", *REST}),
     ],
 )
 def test_stages_that_are_the_same_are_taken_over(tmp_path, change, missing):
     other, folder = a_run(tmp_path / "other", Recipe()), tmp_path / "ours"
     copied = reuse_stages(folder, other, replace(Recipe(), **change))
-    everything = {path.name for path in other.iterdir()} - {"recipe.json", "unet.safetensors", UNFINISHED}
+    everything = {path.name for path in other.iterdir()} - {"recipe.json", "unet-reward.safetensors", UNFINISHED}
     assert set(copied) == {path.name for path in folder.iterdir()} == everything - missing
     assert all((folder / name).read_bytes() == (other / name).read_bytes() for name in copied)
 
@@ -126,8 +131,9 @@ def test_the_unets_steps_can_be_chosen(capsys, monkeypatch):
     monkeypatch.setattr(commands, "train_mini", lambda *arguments: calls.append(arguments))
     assert run(capsys, "train", "mini", "--unet-steps", "1000")[0] == 0
     recipe = calls[0][1]
-    assert (recipe.unet.steps, recipe.unet_tuning.steps) == (1000, 49)
-    assert recipe == replace(Recipe(), unet=recipe.unet, unet_tuning=recipe.unet_tuning)
+    assert (recipe.unet.steps, recipe.unet_tuning.steps, recipe.unet_reward.steps) == (1000, 49, 126)
+    rest = {stage: getattr(recipe, stage) for stage in ("unet", "unet_tuning", "unet_reward")}
+    assert recipe == replace(Recipe(), **rest)
 
 
 def test_evaluation_prints_and_writes(capsys, small_checkpoint, tmp_path):

@@ -20,7 +20,7 @@ from test_train_stages import GLM, UNET, VAE
 from torch import nn
 
 from kolors_ref import KolorsPipeline
-from kolors_ref.mini import denoiser, loop, recipe, train
+from kolors_ref.mini import denoiser, loop, recipe, reward_tuning, train
 from kolors_ref.mini.autoencoder import CROP, AutoencoderLoss, picture_batches, whole_pictures
 from kolors_ref.mini.processes import Processes, processes
 from kolors_ref.mini.recipe import Recipe, Stage
@@ -34,6 +34,7 @@ LEARNING = Recipe(
     vae_whole=Stage("vae-whole", 10, 4, 3e-3, 1e-4, warmup=2),
     unet=Stage("unet", 20, 4, 2e-3, 1e-3, matrix_rate=2e-3, warmup=5),
     unet_tuning=Stage("unet-tuning", 40, 4, 5e-4, 5e-5, matrix_rate=1e-3, warmup=5),
+    unet_reward=Stage("unet-reward", 0, 4, 5e-4, 5e-5),
     scenes=64,
     clean_scenes=32,
 )
@@ -45,6 +46,7 @@ SHORT = Recipe(
     vae_whole=Stage("vae-whole", 2, 2, 1e-2, 1e-3, warmup=2, save_every=1),
     unet=Stage("unet", 5, 2, 1e-2, 1e-3, matrix_rate=1e-2, warmup=2, save_every=2),
     unet_tuning=Stage("unet-tuning", 4, 2, 1e-2, 1e-3, warmup=2, save_every=2),
+    unet_reward=Stage("unet-reward", 5, 2, 1e-2, 1e-3, warmup=2, save_every=2),
     scenes=64,
     clean_scenes=32,
 )
@@ -60,6 +62,8 @@ def tiny_networks():
             patch.setattr(recipe, name, config)
         patch.setattr(loop.Curve, "EVERY", 5)
         patch.setattr(denoiser, "SHARD", 16)
+        for name, count in (("CAPTIONS", 2), ("GROUP", 2), ("UPDATES", 2), ("STEPS", 2)):
+            patch.setattr(reward_tuning, name, count)
         patch.setattr(train, "measured_scale", partial(train.measured_scale, count=32))
         yield
 
@@ -237,6 +241,7 @@ def test_a_training_interrupted_everywhere_gives_the_same_files(short, tmp_path)
         (denoiser, "write_tensors", 2),  # the third file of latents
         (loop, "clip_grad_norm_", 4),  # step 4 of unet
         (loop, "clip_grad_norm_", 1 + 1),  # step 1 of unet-tuning, which has no checkpoint yet
+        (reward_tuning, "judge", 4 + 4 + 1),  # in the third round of unet-reward, of 4 pictures each
         (train, "write_safetensors", 1),
         (train, "write_json", 0),
     ):

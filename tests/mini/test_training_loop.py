@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import pytest
 import torch
 from torch import nn
 
-from kolors_ref.mini.loop import Curve, train
+from kolors_ref.mini.loop import Curve, average_of, train
 from kolors_ref.mini.processes import Processes
 from kolors_ref.mini.recipe import Stage
 from kolors_ref.mini.training_state import read_tensors, write_tensors
@@ -45,6 +46,32 @@ def batch(numbers):
     """A batch that its numbers alone decide."""
     x = torch.stack([torch.randn(5, generator=torch.Generator().manual_seed(number)) for number in numbers])
     return x, x.prod(dim=1, keepdim=True) + x[:, :1]
+
+
+def test_batches_can_depend_on_the_average_so_far(tmp_path):
+    """It is that of the steps before, and of a checkpoint when a run goes on from one."""
+
+    def follow(folder, stop):
+        module, seen = Tiny(), []
+        average = average_of(STAGE, module)
+
+        def batch_and_look(numbers):
+            if len(seen) == stop:
+                raise KeyboardInterrupt
+            seen.append(average.module.out.bias.item())
+            return batch(numbers)
+
+        with suppress(KeyboardInterrupt):
+            assert train(STAGE, module, batch_and_look, folder, HERE, average=average) is average.module
+        return seen
+
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "parts").mkdir()
+    whole = follow(tmp_path / "whole", stop=99)
+    assert len(set(whole)) == STAGE.steps
+    assert whole[0] == Tiny().out.bias.item()
+    assert follow(tmp_path / "parts", stop=9) == whole[:9]
+    assert follow(tmp_path / "parts", stop=99) == whole[8:]
 
 
 def main(folder, kill_in_step, kill_at_save):

@@ -1,0 +1,203 @@
+"""Stage five of training: the UNet draws, the judge says what is right, and it learns to draw more of that.
+
+Reinforcement learning in the forward process (DiffusionNFT, Zheng et al. 2025, section 3): no step of a sampler is
+differentiated. Right and wrong pictures are noised anew, as in any training of a denoiser, and what the UNet predicts
+of them moves towards the noise in the right ones and away from that in the wrong ones. The policy is the UNet without
+guidance.
+"""
+
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..denoising import Denoising
+from ..images import from_pixels
+from ..models.glm import GLMEncoder
+from ..models.unet import UNet
+from ..models.vae import VAE
+from ..sampling import NoiseSchedule, Sampler
+from ..text_layout import TextEmbeddings, packed_layout
+from ..tokenizer import Tokenizer
+from .autoencoder import unit_noise
+from .captions import LANGUAGES, word
+from .claims import Claim, choose_claim
+from .denoiser import GOLDEN, LEVELS, DenoisingLoss
+from .judge import judge
+from .processes import Processes
+from .prompts import mini_prompts
+from .scenes import generator, pick, sample_scene
+from .world import CANVAS
+
+GROUP, CAPTIONS = 8, 24
+"""Pictures of a caption, which are compared with each other, and captions of a round."""
+UPDATES = 6
+"""Steps of the optimizer on the pictures of a round; then new ones are drawn."""
+STEPS = 10
+"""Sampling steps of a picture: enough to see what stands where."""
+CLIP = 2.0
+"""The advantage, in standard deviations of a group, that counts as the most there is."""
+ALONE, BARE, DENSE = 0.5, 0.4, 0.1
+"""Of scenes with one thing, which are drawn well already, the share that is asked for; of captions, the share that say
+nothing of places and relations, which is harder to draw, and the share that are dense."""
+BENCHMARK = {prompt.claim for prompt in mini_prompts("en")}
+"""What MiniPrompts asks for, and this stage does not."""
+
+
+class RewardLoss(DenoisingLoss):
+    """The UNet with a loss whose value is the share of wrong pictures, and whose gradient leads to fewer of them."""
+
+    def forward(
+        self,
+        latents: Tensor,
+        noise: Tensor,
+        timestep: Tensor,
+        sizes: Tensor,
+        text: Tensor,
+        pooled: Tensor,
+        bias: Tensor,
+        rightness: Tensor,
+        before: Tensor,
+        wrong: Tensor,
+    ) -> Tensor:
+        """Gives the loss: the error of the prediction in right pictures, that of its mirror image in wrong ones.
+
+        Args:
+            latents, noise, timestep, sizes, text, pooled, bias: see `DenoisingLoss.forward`.
+            rightness: (B,) in [0, 1], from the worst of its group to the best; 0.5 is neither.
+            before: (B, 4, H/8, W/8), the noise that the UNet predicted when the round began, the mirror.
+            wrong: (), the share of wrong pictures in the round.
+        """
+        context = self.unet.prepare(text, pooled, sizes, bias)
+        noise_pred = self.unet(self.noisy(latents, noise, timestep), timestep, context).float()
+        rightness = rightness[:, None, None, None]
+        towards = rightness * (noise_pred - noise).square()
+        away = (1 - rightness) * (2 * before - noise_pred - noise).square()
+        loss = (self.weight(timestep) * (towards + away)).mean()
+        return loss - loss.detach() + wrong
+
+
+@dataclass(frozen=True)
+class Round:
+    """Pictures that one process drew, and what the judge said of them.
+
+    Attributes:
+        latents: (N, 4, H/8, W/8).
+        text: what they were drawn from, N rows.
+        rightness: (N,), see `RewardLoss.forward`.
+        telling: the rows that are better or worse than others of their caption, shuffled; never empty.
+        wrong: (), the share of wrong ones.
+    """
+
+    latents: Tensor
+    text: TextEmbeddings
+    rightness: Tensor
+    telling: list[int]
+    wrong: Tensor
+
+
+def reward_batches(
+    policy: RewardLoss, draw: Callable[[UNet, int], Round], seed: int, batch_size: int, here: Processes
+) -> Callable[[range], tuple[Tensor, ...]]:
+    """Gives the function that makes batches of what the policy itself draws, anew every `UPDATES` steps.
+
+    The policy is the moving average of the weights: nothing holds back weights that are compared with themselves, and
+    after some hundred steps everything that they draw is wrong (section 3.3 there, soft updates). Going on from a
+    checkpoint between two rounds is exact; within one, new pictures are drawn for the rest of it.
+    """
+    before = deepcopy(policy.unet).eval().requires_grad_(False)
+    begun, drawn = -1, None
+
+    @torch.no_grad()
+    def batch(numbers: range) -> tuple[Tensor, ...]:
+        """The arguments of `RewardLoss.forward`."""
+        nonlocal begun, drawn
+        if numbers[0] // batch_size // UPDATES != begun:
+            begun = numbers[0] // batch_size // UPDATES
+            before.load_state_dict(policy.unet.state_dict())
+            drawn = draw(before, begun)
+        rows = [drawn.telling[number // here.count % len(drawn.telling)] for number in numbers]
+        latents, text = drawn.latents[rows], drawn.text[rows]
+        shares = torch.tensor([np.interp(number * GOLDEN % 1, *LEVELS) for number in numbers])
+        timestep = (shares * len(policy.signal)).long().to(here.device)
+        noise = torch.stack([unit_noise(seed, number, tuple(latents.shape[1:])) for number in numbers]).to(here.device)
+        sizes = sizes_of(len(rows)).to(here.device)
+        with torch.autocast(here.device.type, torch.bfloat16):
+            context = before.prepare(text.sequence, text.pooled, sizes, text.key_bias)
+            noise_pred = before(policy.noisy(latents, noise, timestep), timestep, context).float()
+        told = (text.sequence, text.pooled, text.key_bias)
+        return latents, noise, timestep, sizes, *told, drawn.rightness[rows], noise_pred, drawn.wrong
+
+    return batch
+
+
+def judged_drawing(
+    vae: VAE,
+    tokenizer: Tokenizer,
+    text_encoder: GLMEncoder,
+    schedule: NoiseSchedule,
+    sampler: Sampler,
+    seed: int,
+    here: Processes,
+) -> Callable[[UNet, int], Round]:
+    """Gives the function that draws this process's pictures of a round with a UNet, and has them judged."""
+
+    @torch.no_grad()
+    def draw(unet: UNet, number: int) -> Round:
+        """Draws and judges this process's part of a round."""
+        numbers = range(number * CAPTIONS + here.rank, (number + 1) * CAPTIONS, here.count)
+        asked = [asked_for(seed, number) for number in numbers]
+        captions = [caption for _, caption in asked for _ in range(GROUP)]
+        text = packed_layout(tokenizer(captions)).encode(text_encoder)
+        shape = (unet.config.in_channels, *[unet.config.sample_size] * 2)
+        noise = [unit_noise(seed, number * GROUP + i, shape) for number in numbers for i in range(GROUP)]
+        plan = sampler.plan(schedule, STEPS)
+        with torch.autocast(here.device.type, torch.bfloat16):
+            sizes = sizes_of(len(captions)).to(here.device)
+            context = unet.prepare(text.sequence, text.pooled, sizes, text.key_bias)
+            start = torch.stack(noise).to(here.device) * plan.initial_scale
+            *_, last = Denoising(unet, [context], sampler, plan, start, 1.0, None, lambda: torch.randn_like(start))
+            pictures = from_pixels(vae.decode(last.latents), "np")
+        claims = [claim for claim, _ in asked for _ in range(GROUP)]
+        verdicts = [judge(picture, claim).holds for picture, claim in zip(pictures, claims, strict=True)]
+        right = torch.tensor(verdicts, dtype=torch.float32, device=here.device)
+        rightness = compared(right)
+        telling = (rightness != 0.5).nonzero().flatten().tolist() or [0]
+        rng = generator(seed + 2, number)
+        order = sorted(range(len(telling)), key=[rng.random() for _ in telling].__getitem__)
+        return Round(last.latents.float(), text, rightness, [telling[i] for i in order], 1 - right.mean())
+
+    return draw
+
+
+def asked_for(seed: int, number: int) -> tuple[Claim, str]:
+    """Draws a claim that MiniPrompts does not make, and its caption."""
+    rng = generator(seed, number)
+    while True:
+        scene = sample_scene(rng)
+        claim = choose_claim(scene, rng, rng.random() < DENSE)
+        if rng.random() < BARE:
+            claim = replace(claim, things=tuple(replace(thing, places=()) for thing in claim.things), relations=())
+        wanted = len(scene.things) > 1 or rng.random() < ALONE
+        if wanted and claim not in BENCHMARK:
+            return claim, word(claim, rng, pick(rng, LANGUAGES))
+
+
+def sizes_of(count: int) -> Tensor:
+    """The size condition (B, 6) of whole pictures."""
+    return torch.tensor([CANVAS, CANVAS, 0, 0, CANVAS, CANVAS], dtype=torch.float32).expand(count, 6)
+
+
+def compared(right: Tensor) -> Tensor:
+    """How right each picture is beside those of its caption: (N,) in [0, 1]; 0.5 where all of them are alike.
+
+    Args:
+        right: (N,), 1 for right and 0 for wrong, `GROUP` pictures of each caption in turn.
+    """
+    groups = right.view(-1, GROUP)
+    spread = groups.std(1, correction=0, keepdim=True)
+    advantage = (groups - groups.mean(1, keepdim=True)) / spread.clamp(min=1e-3)
+    return (0.5 + 0.5 * (advantage / CLIP).clamp(-1, 1)).flatten()
