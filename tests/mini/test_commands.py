@@ -131,7 +131,7 @@ def test_the_unets_steps_can_be_chosen(capsys, monkeypatch):
     monkeypatch.setattr(commands, "train_mini", lambda *arguments: calls.append(arguments))
     assert run(capsys, "train", "mini", "--unet-steps", "1000")[0] == 0
     recipe = calls[0][1]
-    assert (recipe.unet.steps, recipe.unet_tuning.steps, recipe.unet_reward.steps) == (1000, 49, 126)
+    assert (recipe.unet.steps, recipe.unet_tuning.steps, recipe.unet_reward.steps) == (1000, 49, 84)
     rest = {stage: getattr(recipe, stage) for stage in ("unet", "unet_tuning", "unet_reward")}
     assert recipe == replace(Recipe(), **rest)
 

@@ -5,14 +5,16 @@ import pytest
 import torch
 from test_train_stages import GLM, HERE, UNET, VAE, seeded
 
+from kolors_ref import KolorsPipeline
 from kolors_ref.config import ScheduleConfig
 from kolors_ref.mini import reward_tuning
 from kolors_ref.mini.autoencoder import AutoencoderLoss
 from kolors_ref.mini.judge import Verdict
 from kolors_ref.mini.language_model import LanguageModel
+from kolors_ref.mini.loop import average_of, train
 from kolors_ref.mini.processes import Processes
 from kolors_ref.mini.prompts import mini_prompts
-from kolors_ref.mini.recipe import Recipe
+from kolors_ref.mini.recipe import Recipe, Stage
 from kolors_ref.mini.reward_tuning import (
     BENCHMARK,
     GROUP,
@@ -152,7 +154,7 @@ def test_batches_are_made_of_the_telling_pictures_until_the_round_is_over(policy
     first = batches(range(6))
     assert torch.equal(first[0], round_of_noise.latents[[5, 1, 3, 5, 1, 3]])
     assert first[7].tolist() == pytest.approx([0.7, 1.0, 0.2] * 2)
-    assert (first[2].min() >= 275, first[2].max() < 1045, len(set(first[2].tolist()))) == (True, True, 6)
+    assert (first[2].min() >= 0, first[2].max() < 1100, len(set(first[2].tolist()))) == (True, True, 6)
     with torch.no_grad():
         for parameter in policy.parameters():
             parameter.add_(0.01 * torch.randn_like(parameter))
@@ -198,12 +200,12 @@ def test_the_loss_has_its_least_where_wrong_pictures_are_mirrored(policy, round_
     noise_pred = best.clone().requires_grad_(True)
     policy.unet = replace_forward(policy.unet, noise_pred)
     policy(*batch[:7], rightness, *batch[8:]).backward()
-    assert noise_pred.grad.abs().max() < 1e-9
+    rounding = noise_pred.grad.abs().amax((1, 2, 3))
     with torch.no_grad():
         noise_pred += 1
     noise_pred.grad = None
     policy(*batch[:7], rightness, *batch[8:]).backward()
-    assert (noise_pred.grad > 0).all()
+    assert (noise_pred.grad.amin((1, 2, 3)) > 1e5 * rounding).all()
 
 
 def replace_forward(unet, noise_pred):
@@ -217,25 +219,24 @@ def replace_forward(unet, noise_pred):
     return unet
 
 
-def test_rewards_grow(parts, policy, monkeypatch):
-    """With a judge who likes bright pictures, brighter ones are drawn."""
+def test_rewards_grow(monkeypatch, tmp_path):
+    """With a judge who likes bright pictures, the miniature draws brighter ones after four rounds."""
+    pipe = KolorsPipeline.from_pretrained("mini", dtype=torch.float32)
+    policy = RewardLoss(pipe.unet.config, SCHEDULE)
+    policy.unet.load_state_dict(pipe.unet.state_dict())
+    draw = drawing((pipe.vae, pipe.tokenizer, pipe.text_encoder))
     monkeypatch.setattr(reward_tuning, "CAPTIONS", 6)
     monkeypatch.setattr(reward_tuning, "STEPS", 4)
     seen = []
     monkeypatch.setattr(
-        reward_tuning, "judge", lambda picture, claim: seen.append(picture.mean()) or Verdict(0, NO_SCENE)
+        reward_tuning, "judge", lambda picture, claim: seen.append(picture.mean()) or Verdict(False, NO_SCENE)
     )
-    draw = drawing(parts)
     draw(policy.unet, 100)
     middle = np.median(seen)
     monkeypatch.setattr(reward_tuning, "judge", lambda picture, claim: Verdict(picture.mean() > middle, NO_SCENE))
-    before = 1 - draw(policy.unet, 100).wrong.item()
-    batches = reward_batches(policy, draw, 0, 16, HERE)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3)
-    for step in range(5 * UPDATES):
-        policy(*batches(range(16 * step, 16 * step + 16))).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    after = 1 - draw(policy.unet, 100).wrong.item()
-    assert before == pytest.approx(0.5, abs=0.03)
-    assert after > 0.7
+    assert draw(policy.unet, 100).wrong.item() == pytest.approx(0.5, abs=0.03)
+    stage = Stage("reward", 4 * UPDATES, 32, 5e-4, 2.5e-4, weight_decay=0.0, warmup=6, ema_decay=0.9)
+    average = average_of(stage, policy)
+    batches = reward_batches(average.module, draw, 0, stage.batch_size, HERE)
+    trained = train(stage, policy, batches, tmp_path, HERE, average=average)
+    assert draw(trained.unet, 100).wrong.item() < 0.33
