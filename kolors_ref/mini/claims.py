@@ -8,7 +8,7 @@ from itertools import combinations, pairwise, permutations
 
 import numpy as np
 
-from .scenes import pick
+from .scenes import pick, shuffle
 from .world import RELATIONS, Scene, Thing, related
 
 
@@ -107,7 +107,7 @@ def choose_claim(scene: Scene, rng: np.random.Generator, dense: bool = False) ->
 
 def shuffled(claim: Claim, rng: np.random.Generator) -> Claim:
     """The same claim with its things in another order."""
-    order = sorted(range(len(claim.things)), key=[rng.random() for _ in claim.things].__getitem__)
+    order = shuffle(rng, range(len(claim.things)))
     relations = tuple(
         replace(relation, subject=order.index(relation.subject), other=order.index(relation.other))
         for relation in claim.relations

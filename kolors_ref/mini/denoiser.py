@@ -74,10 +74,22 @@ class DenoisingLoss(nn.Module):
             timestep: (B,) whole numbers.
             sizes, text, pooled, bias: see `UNet.prepare`.
         """
-        noise_pred = self.unet(
-            self.noisy(latents, noise, timestep), timestep, self.unet.prepare(text, pooled, sizes, bias)
-        )
-        return (self.weight(timestep) * (noise_pred.float() - noise).square()).mean()
+        noise_pred = self.predict(latents, noise, timestep, sizes, text, pooled, bias)
+        return (self.weight(timestep) * (noise_pred - noise).square()).mean()
+
+    def predict(
+        self,
+        latents: Tensor,
+        noise: Tensor,
+        timestep: Tensor,
+        sizes: Tensor,
+        text: Tensor,
+        pooled: Tensor,
+        bias: Tensor,
+    ) -> Tensor:
+        """Predicts the noise in latents, mixed with it as the schedule has it; arguments are `forward`'s."""
+        context = self.unet.prepare(text, pooled, sizes, bias)
+        return self.unet(self.noisy(latents, noise, timestep), timestep, context).float()
 
     def noisy(self, latents: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
         """Latents and noise, mixed as the schedule has it at timesteps (B,)."""
@@ -158,22 +170,32 @@ def denoising_batches(
 
     def batch(numbers: range) -> tuple[Tensor, ...]:
         """The arguments of `DenoisingLoss.forward`."""
-        captions, noises, timesteps = [], [], []
+        captions, noises = [], []
         for number in numbers:
             rng = generator(seed + 3, number)
             captions.append(new_caption(seed, number % len(cached.latents), clean, dense_share, rng))
-            timesteps.append(int(np.interp(number * GOLDEN % 1, *LEVELS) * num_timesteps))
             noises.append(unit_noise(seed, number, tuple(cached.latents.shape[1:])))
         rows = [number % len(cached.latents) for number in numbers]
-        original = torch.where(cached.small[rows], CANVAS / 2, float(CANVAS))
-        sizes = torch.full((len(rows), 6), float(CANVAS))
-        sizes[:, 0], sizes[:, 1], sizes[:, 2:4] = original, original, 0.0
+        timestep = draw_timesteps(numbers, num_timesteps)
+        sizes = size_conditions(torch.where(cached.small[rows], CANVAS / 2, float(CANVAS)))
         with torch.no_grad():
             text = packed_layout(tokenizer(captions)).encode(text_encoder)
         latents = cached.latents[rows].float()
-        return latents, torch.stack(noises), torch.tensor(timesteps), sizes, text.sequence, text.pooled, text.key_bias
+        return latents, torch.stack(noises), timestep, sizes, text.sequence, text.pooled, text.key_bias
 
     return batch
+
+
+def draw_timesteps(numbers: range, num_timesteps: int) -> Tensor:
+    """The timesteps (B,) of examples, which their numbers decide: spread over all `LEVELS` whatever the first is."""
+    return torch.tensor([int(np.interp(number * GOLDEN % 1, *LEVELS) * num_timesteps) for number in numbers])
+
+
+def size_conditions(original: Tensor) -> Tensor:
+    """The size conditions (B, 6) of square pictures that were made from this many pixels a side, (B,)."""
+    sizes = torch.full((len(original), 6), float(CANVAS))
+    sizes[:, 0], sizes[:, 1], sizes[:, 2:4] = original, original, 0.0
+    return sizes
 
 
 def new_caption(seed: int, number: int, clean: bool, dense_share: float, rng: np.random.Generator) -> str:

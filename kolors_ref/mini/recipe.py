@@ -108,7 +108,7 @@ class Recipe:
         tokenizer_captions: captions that the SentencePiece model is made from.
         glm, vae, vae_whole, unet, unet_tuning, unet_reward: the stages; those of the autoencoder work on crops and on
             whole pictures, those of the UNet on the broad mix of pictures, on the clean subset, and on its own.
-        scenes, clean_scenes: pictures whose latents are kept for the two stages of the UNet.
+        scenes, clean_scenes: pictures whose latents are kept for the first two stages of the UNet.
         schedule: the noise schedule.
         dense_share: the share of dense captions that the UNet sees; the rest are short.
         bag_of_words: whether the text encoder's layers are left out, so that each token is embedded by itself.

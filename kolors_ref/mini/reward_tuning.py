@@ -1,6 +1,6 @@
 """Stage five of training: the UNet draws, the judge says what is right, and it learns to draw more of that.
 
-Reinforcement learning in the forward process (DiffusionNFT, Zheng et al. 2025, section 3): no step of a sampler is
+Reinforcement learning in the forward process (DiffusionNFT, Zheng et al. 2025): no step of a sampler is
 differentiated. Right and wrong pictures are noised anew, as in any training of a denoiser, and what the UNet predicts
 of them moves towards the noise in the right ones and away from that in the wrong ones. The policy is the UNet without
 guidance.
@@ -10,7 +10,6 @@ from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,11 +24,11 @@ from ..tokenizer import Tokenizer
 from .autoencoder import unit_noise
 from .captions import LANGUAGES, word
 from .claims import Claim, choose_claim
-from .denoiser import GOLDEN, LEVELS, DenoisingLoss
+from .denoiser import DenoisingLoss, draw_timesteps, size_conditions
 from .judge import judge
 from .processes import Processes
 from .prompts import mini_prompts
-from .scenes import generator, pick, sample_scene
+from .scenes import generator, pick, sample_scene, shuffle
 from .world import CANVAS
 
 GROUP, CAPTIONS = 8, 24
@@ -71,8 +70,7 @@ class RewardLoss(DenoisingLoss):
             before: (B, 4, H/8, W/8), the noise that the UNet predicted when the round began, the mirror.
             wrong: (), the share of wrong pictures in the round.
         """
-        context = self.unet.prepare(text, pooled, sizes, bias)
-        noise_pred = self.unet(self.noisy(latents, noise, timestep), timestep, context).float()
+        noise_pred = self.predict(latents, noise, timestep, sizes, text, pooled, bias)
         rightness = rightness[:, None, None, None]
         towards = rightness * (noise_pred - noise).square()
         away = (1 - rightness) * (2 * before - noise_pred - noise).square()
@@ -105,10 +103,10 @@ def reward_batches(
     """Gives the function that makes batches of what the policy itself draws, anew every `UPDATES` steps.
 
     The policy is the moving average of the weights: nothing holds back weights that are compared with themselves, and
-    after some hundred steps everything that they draw is wrong (section 3.3 there, soft updates). Going on from a
+    after some hundred steps everything that they draw is wrong (soft updates, in the paper's terms). Going on from a
     checkpoint between two rounds is exact; within one, new pictures are drawn for the rest of it.
     """
-    before = deepcopy(policy.unet).eval().requires_grad_(False)
+    before = deepcopy(policy).eval().requires_grad_(False)
     begun, drawn = -1, None
 
     @torch.no_grad()
@@ -117,19 +115,17 @@ def reward_batches(
         nonlocal begun, drawn
         if numbers[0] // batch_size // UPDATES != begun:
             begun = numbers[0] // batch_size // UPDATES
-            before.load_state_dict(policy.unet.state_dict())
-            drawn = draw(before, begun)
+            before.load_state_dict(policy.state_dict())
+            drawn = draw(before.unet, begun)
         rows = [drawn.telling[number // here.count % len(drawn.telling)] for number in numbers]
         latents, text = drawn.latents[rows], drawn.text[rows]
-        shares = torch.tensor([np.interp(number * GOLDEN % 1, *LEVELS) for number in numbers])
-        timestep = (shares * len(policy.signal)).long().to(here.device)
-        noise = torch.stack([unit_noise(seed, number, tuple(latents.shape[1:])) for number in numbers]).to(here.device)
-        sizes = sizes_of(len(rows)).to(here.device)
-        with torch.autocast(here.device.type, torch.bfloat16):
-            context = before.prepare(text.sequence, text.pooled, sizes, text.key_bias)
-            noise_pred = before(policy.noisy(latents, noise, timestep), timestep, context).float()
+        noise = torch.stack([unit_noise(seed, number, tuple(latents.shape[1:])) for number in numbers])
+        timestep, sizes = draw_timesteps(numbers, len(policy.signal)), whole_sizes(len(rows))
+        noised = (latents, *(tensor.to(here.device) for tensor in (noise, timestep, sizes)))
         told = (text.sequence, text.pooled, text.key_bias)
-        return latents, noise, timestep, sizes, *told, drawn.rightness[rows], noise_pred, drawn.wrong
+        with torch.autocast(here.device.type, torch.bfloat16):
+            noise_pred = before.predict(*noised, *told)
+        return *noised, *told, drawn.rightness[rows], noise_pred, drawn.wrong
 
     return batch
 
@@ -146,29 +142,26 @@ def judged_drawing(
     """Gives the function that draws this process's pictures of a round with a UNet, and has them judged."""
 
     @torch.no_grad()
-    def draw(unet: UNet, number: int) -> Round:
+    def draw(unet: UNet, index: int) -> Round:
         """Draws and judges this process's part of a round."""
-        numbers = range(number * CAPTIONS + here.rank, (number + 1) * CAPTIONS, here.count)
-        asked = [asked_for(seed, number) for number in numbers]
-        captions = [caption for _, caption in asked for _ in range(GROUP)]
-        text = packed_layout(tokenizer(captions)).encode(text_encoder)
+        numbers = range(index * CAPTIONS + here.rank, (index + 1) * CAPTIONS, here.count)
+        claims, captions = zip(*(asked_for(seed, number) for number in numbers), strict=True)
+        caption_of = [i for i in range(len(captions)) for _ in range(GROUP)]
+        text = packed_layout(tokenizer(captions)).encode(text_encoder)[caption_of]
         shape = (unet.config.in_channels, *[unet.config.sample_size] * 2)
         noise = [unit_noise(seed, number * GROUP + i, shape) for number in numbers for i in range(GROUP)]
         plan = sampler.plan(schedule, STEPS)
         with torch.autocast(here.device.type, torch.bfloat16):
-            sizes = sizes_of(len(captions)).to(here.device)
+            sizes = whole_sizes(len(noise)).to(here.device)
             context = unet.prepare(text.sequence, text.pooled, sizes, text.key_bias)
             start = torch.stack(noise).to(here.device) * plan.initial_scale
             *_, last = Denoising(unet, [context], sampler, plan, start, 1.0, None, lambda: torch.randn_like(start))
             pictures = from_pixels(vae.decode(last.latents), "np")
-        claims = [claim for claim, _ in asked for _ in range(GROUP)]
-        verdicts = [judge(picture, claim).holds for picture, claim in zip(pictures, claims, strict=True)]
+        verdicts = [judge(picture, claims[i]).holds for picture, i in zip(pictures, caption_of, strict=True)]
         right = torch.tensor(verdicts, dtype=torch.float32, device=here.device)
         rightness = compared(right)
-        telling = (rightness != 0.5).nonzero().flatten().tolist() or [0]
-        rng = generator(seed + 2, number)
-        order = sorted(range(len(telling)), key=[rng.random() for _ in telling].__getitem__)
-        return Round(last.latents.float(), text, rightness, [telling[i] for i in order], 1 - right.mean())
+        telling = shuffle(generator(seed + 2, index), (rightness != 0.5).nonzero().flatten().tolist())
+        return Round(last.latents.float(), text, rightness, telling or [0], 1 - right.mean())
 
     return draw
 
@@ -186,9 +179,9 @@ def asked_for(seed: int, number: int) -> tuple[Claim, str]:
             return claim, word(claim, rng, pick(rng, LANGUAGES))
 
 
-def sizes_of(count: int) -> Tensor:
-    """The size condition (B, 6) of whole pictures."""
-    return torch.tensor([CANVAS, CANVAS, 0, 0, CANVAS, CANVAS], dtype=torch.float32).expand(count, 6)
+def whole_sizes(count: int) -> Tensor:
+    """The size conditions (B, 6) of pictures that were not enlarged."""
+    return size_conditions(torch.full((count,), float(CANVAS)))
 
 
 def compared(right: Tensor) -> Tensor:

@@ -49,6 +49,11 @@ def pick(rng: np.random.Generator, items: Sequence[T], weights: Sequence[float] 
     return items[int(np.searchsorted(bounds, rng.random() * bounds[-1], side="right"))]
 
 
+def shuffle(rng: np.random.Generator, items: Sequence[T]) -> list[T]:
+    """The items in an order drawn by lot."""
+    return [items[i] for i in sorted(range(len(items)), key=[rng.random() for _ in items].__getitem__)]
+
+
 def between(rng: np.random.Generator, low: float, high: float) -> float:
     """Draws a number from a range, to a tenth."""
     return round(low + (high - low) * rng.random(), 1)

@@ -141,9 +141,9 @@ class Run:
         stage = self.recipe.unet_reward
         if not stage.steps:
             return tuned.unet
-        schedule, sampler = read_scheduler_config(self.recipe.scheduler_config())
-        schedule = NoiseSchedule(schedule)
-        loss = self.seeded(lambda: RewardLoss(sizes.UNET, schedule))
+        schedule = NoiseSchedule(self.recipe.schedule)
+        _, sampler = read_scheduler_config(self.recipe.scheduler_config())
+        loss = RewardLoss(sizes.UNET, schedule).to(self.here.device)
         loss.load_state_dict(tuned.state_dict())
         seed = self.recipe.seed + REWARD_SEED
         draw = judged_drawing(vae, self.tokenizer(), text_encoder, schedule, sampler, seed, self.here)

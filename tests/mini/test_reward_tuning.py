@@ -45,7 +45,7 @@ def parts(tmp_path_factory):
 
 @pytest.fixture
 def policy():
-    """A UNet that tells noise about as well as one in training."""
+    """A UNet with random weights."""
     torch.manual_seed(0)
     return RewardLoss(UNET, SCHEDULE)
 
