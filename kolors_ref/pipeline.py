@@ -19,7 +19,7 @@ from .image_prompts import Adapter, encode_pictures, image_layers, load_adapter
 from .images import Pictures, from_pixels, to_pixels
 from .loading import load_parts
 from .models.glm import GLMEncoder
-from .models.unet import UNet, select
+from .models.unet import Context, KeyValue, UNet, select
 from .models.vae import VAE
 from .request import Request
 from .sampling import NoiseSchedule, Plan, Sampler, get_sampler
@@ -250,11 +250,10 @@ class KolorsPipeline:
         if image is not None:
             height = check_side("height", image.shape[-2], self.factor)
             width = check_side("width", image.shape[-1], self.factor)
-        sizes = sizes.repeat_interleave(request.num_images, dim=0).to(self.device)
+        sizes = sizes.repeat_interleave(request.num_prompts, dim=0).to(self.device)
         adapters = list(self.ip_adapters.values())
         images = image_layers(adapters, request, self.unet, height, width, self.factor)
         text = self._embed(request)
-        text = text[torch.arange(len(text.pooled)).repeat_interleave(request.num_images_per_prompt)]
 
         shape = (request.num_images, self.unet.config.in_channels, height // self.factor, width // self.factor)
         if image is not None:
@@ -265,13 +264,7 @@ class KolorsPipeline:
             latents = draw_noise(shape, request.generator, self.device, self.dtype) * plan.initial_scale
 
         # After the encoding of a picture, which needs the room that the UNet takes if its weights visit the device.
-        calls = [slice(None)]
-        if is_apart(self.unet.conv_in.weight):
-            calls = [slice(i, None, request.num_images) for i in range(request.num_images)]
-        contexts = [
-            self.unet.prepare(part.sequence, part.pooled, sizes[rows], part.key_bias).add(select(images, rows))
-            for rows, part in ((rows, text[rows]) for rows in calls)
-        ]
+        contexts = self._contexts(text, sizes, images, request)
         noise_dtype = torch.promote_types(self.dtype, torch.float32)
         draw = lambda: draw_noise(shape, request.generator, self.device, noise_dtype)
         return Denoising(
@@ -337,6 +330,19 @@ class KolorsPipeline:
         if size != needed:
             raise ValueError(f"prompt_embeds or negative_prompt_embeds are {size} wide, but this UNet takes {needed}")
         return embeds.to(self.device, self.dtype)
+
+    def _contexts(
+        self, text: TextEmbeddings, sizes: Tensor, images: Sequence[Sequence[KeyValue]], request: Request
+    ) -> list[Context]:
+        """Prepares every prompt once for all of its pictures: one context for them all, or one for each picture."""
+        prepare = lambda text, sizes: self.unet.prepare(text.sequence, text.pooled, sizes, text.key_bias)
+        per_prompt = request.num_images_per_prompt
+        if not is_apart(self.unet.conv_in.weight):
+            return [prepare(text, sizes).repeat(per_prompt).add(images)]
+        prompts = [slice(i, None, request.num_prompts) for i in range(request.num_prompts)]
+        pictures = [slice(i, None, request.num_images) for i in range(request.num_images)]
+        contexts = [prepare(text[rows], sizes[rows]) for rows in prompts]
+        return [contexts[i // per_prompt].add(select(images, rows)) for i, rows in enumerate(pictures)]
 
     def _start_from_image(
         self, image: Tensor, request: Request, sampler: Sampler, plan: Plan, shape: tuple[int, ...]

@@ -50,3 +50,17 @@ def test_half_precision_computes_all_pictures_at_once(small_checkpoint):
         network.register_forward_hook(lambda network, *rest: calls.append(type(network).__name__))
     draw(pipe, [0, 1, 2])
     assert calls == ["GLMEncoder", *4 * ["UNet"]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_several_pictures_share_what_is_computed_of_their_prompt(small_checkpoint, dtype):
+    """Keys and values of two prompts and their negatives: 4 rows for 6 pictures, and these are as of old."""
+    pipe, rows = KolorsPipeline.from_pretrained(small_checkpoint, dtype=dtype), []
+    pipe.unet.text_proj.register_forward_hook(lambda network, inputs, output: rows.append(len(output)))
+    noise = torch.randn(6, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    options = {"height": 64, "width": 64, "num_inference_steps": 2, "output_type": "np", "latents": noise}
+    negatives = ["ugly", "模糊"]
+    several = pipe(PROMPTS[:2], negatives, num_images_per_prompt=3, **options)
+    assert sum(rows) == 4
+    told_thrice = [[text for text in texts for _ in range(3)] for texts in (PROMPTS[:2], negatives)]
+    assert abs(several - pipe(*told_thrice, **options)).max() <= (0 if dtype == torch.float32 else 0.1)

@@ -54,6 +54,12 @@ class Context:
         """Lets each cross-attention look at further things, such as image prompts; none, one or several."""
         return replace(self, layers=tuple((*old, *new) for old, new in zip(self.layers, layers, strict=True)))
 
+    def repeat(self, count: int) -> "Context":
+        """Repeats each row of the batch, for several pictures of the same; only before `add` brings shared rows."""
+        repeat = lambda part: part.repeat_interleave(count, dim=0) if isinstance(part, Tensor) else part
+        layers = tuple(tuple(KeyValue(*map(repeat, seen)) for seen in layer) for layer in self.layers)
+        return Context(repeat(self.embedding), layers)
+
     def __getitem__(self, rows: slice) -> "Context":
         """Selects rows of the batch, such as the positive half; copies nothing."""
         return Context(self.embedding[rows], select(self.layers, rows))
