@@ -139,7 +139,15 @@ def judged_drawing(
     seed: int,
     here: Processes,
 ) -> Callable[[UNet, int], Round]:
-    """Gives the function that draws this process's pictures of a round with a UNet, and has them judged."""
+    """Gives the function that draws this process's pictures of a round with a UNet, and has them judged.
+
+    Raises ValueError for a number of processes that cannot share the captions of a round evenly.
+    """
+    if CAPTIONS % here.count:
+        raise ValueError(
+            f"the {CAPTIONS} captions of a round of reward tuning cannot be shared evenly by {here.count} processes; "
+            "start a number of processes that divides them"
+        )
 
     @torch.no_grad()
     def draw(unet: UNet, index: int) -> Round:

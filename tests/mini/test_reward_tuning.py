@@ -119,6 +119,11 @@ def test_a_round_is_drawn_from_its_number_and_shared_out(parts, policy, monkeypa
         torch.testing.assert_close(share.latents, theirs, rtol=0.05, atol=0.05)
 
 
+def test_captions_that_cannot_be_shared_evenly_are_refused(parts):
+    with pytest.raises(ValueError, match=r"the 24 captions of a round .* shared evenly by 16 processes"):
+        drawing(parts, Processes(0, 16, torch.device("cpu")))
+
+
 def test_where_all_pictures_are_alike_a_batch_is_made_all_the_same(parts, policy, monkeypatch):
     monkeypatch.setattr(reward_tuning, "CAPTIONS", 2)
     monkeypatch.setattr(reward_tuning, "judge", lambda picture, claim: Verdict(False, NO_SCENE))
