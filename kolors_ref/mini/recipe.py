@@ -45,7 +45,7 @@ SCHEDULER = {
 }
 """What the miniature asks to be sampled with, in the terms of scheduler_config.json; the betas are the recipe's."""
 
-GUIDANCE_SCALE = 2.5
+GUIDANCE_SCALE = 1.5
 """What the miniature asks to be guided with: more makes it draw more things than it is asked for."""
 
 
@@ -95,7 +95,7 @@ class Stage:
         )
 
 
-STAGES = ("glm", "vae", "vae_whole", "unet", "unet_tuning", "unet_reward")
+STAGES = ("glm", "vae", "vae_whole", "unet", "unet_tuning", "unet_reward", "unet_reward_again")
 """The stages of a recipe, in their order."""
 
 
@@ -106,8 +106,9 @@ class Recipe:
     Attributes:
         seed: of data, weights and noise.
         tokenizer_captions: captions that the SentencePiece model is made from.
-        glm, vae, vae_whole, unet, unet_tuning, unet_reward: the stages; those of the autoencoder work on crops and on
-            whole pictures, those of the UNet on the broad mix of pictures, on the clean subset, and on its own.
+        glm, vae, vae_whole, unet, unet_tuning, unet_reward, unet_reward_again: the stages; those of the autoencoder
+            work on crops and on whole pictures, those of the UNet on the broad mix of pictures, on the clean subset
+            and, twice, on its own.
         scenes, clean_scenes: pictures whose latents are kept for the first two stages of the UNet.
         schedule: the noise schedule.
         dense_share: the share of dense captions that the UNet sees; the rest are short.
@@ -122,7 +123,10 @@ class Recipe:
     unet: Stage = Stage("unet", 14250, 64, 1e-3, 1e-5, matrix_rate=2e-3, cooldown=1 / 3, ema_decay=0.9995)
     unet_tuning: Stage = Stage("unet-tuning", 700, 64, 1e-4, 1e-6, matrix_rate=2e-4)
     unet_reward: Stage = Stage(
-        "unet-reward", 1200, 64, 2e-4, 2e-5, weight_decay=0.0, warmup=12, cooldown=0.3, ema_decay=0.97, save_every=60
+        "unet-reward", 2820, 64, 2e-4, 2e-5, weight_decay=0.0, warmup=12, cooldown=0.7, ema_decay=0.97, save_every=60
+    )
+    unet_reward_again: Stage = Stage(
+        "unet-reward-again", 600, 64, 1e-4, 1e-5, weight_decay=0.0, warmup=12, ema_decay=0.97, save_every=60
     )
     scenes: int = 49152
     clean_scenes: int = 12288
@@ -141,8 +145,9 @@ class Recipe:
 
     def with_unet_steps(self, steps: int) -> "Recipe":
         """The same recipe with another number of steps of concept learning; what follows changes in proportion."""
-        tuning, reward = (stage.scaled(steps / self.unet.steps) for stage in (self.unet_tuning, self.unet_reward))
-        return replace(self, unet=replace(self.unet, steps=steps), unet_tuning=tuning, unet_reward=reward)
+        later = ("unet_tuning", "unet_reward", "unet_reward_again")
+        scaled = {field: getattr(self, field).scaled(steps / self.unet.steps) for field in later}
+        return replace(self, unet=replace(self.unet, steps=steps), **scaled)
 
     def record(self) -> dict[str, Any]:
         """The contents of a run's recipe.json, as they are read back."""

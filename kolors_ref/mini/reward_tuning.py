@@ -9,7 +9,9 @@ guidance.
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from itertools import cycle
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -37,13 +39,19 @@ UPDATES = 6
 """Steps of the optimizer on the pictures of a round; then new ones are drawn."""
 STEPS = 10
 """Sampling steps of a picture: enough to see what stands where."""
+BACK = 0.3
+"""The share of the way back to the weights that a stage began with that is gone at its end."""
+TO_ONE = 3
+"""Pictures that tell something, to one whose caption is always right or always wrong."""
 CLIP = 2.0
 """The advantage, in standard deviations of a group, that counts as the most there is."""
-ALONE, BARE, DENSE = 0.5, 0.4, 0.1
-"""Of scenes with one thing, which are drawn well already, the share that is asked for; of captions, the share that say
-nothing of places and relations, which is harder to draw, and the share that are dense."""
+ALONE, DENSE = 0.8, 0.1
+"""The share of scenes with one thing that is asked for, since these are drawn well already, and of dense captions."""
+BARE, COLOURED = 0.5, 0.6
+"""The share of captions that say nothing of places and relations, which is harder to draw; of these, the share that may
+tell colours."""
 BENCHMARK = {prompt.claim for prompt in mini_prompts("en")}
-"""What MiniPrompts asks for, and this stage does not."""
+"""What MiniPrompts asks for, and this stage does not; the order of things counts."""
 
 
 class RewardLoss(DenoisingLoss):
@@ -67,7 +75,7 @@ class RewardLoss(DenoisingLoss):
         Args:
             latents, noise, timestep, sizes, text, pooled, bias: see `DenoisingLoss.forward`.
             rightness: (B,) in [0, 1], from the worst of its group to the best; 0.5 is neither.
-            before: (B, 4, H/8, W/8), the noise that the UNet predicted when the round began, the mirror.
+            before: (B, 4, H/8, W/8), the mirror: the noise that the UNet predicted when the round began.
             wrong: (), the share of wrong pictures in the round.
         """
         noise_pred = self.predict(latents, noise, timestep, sizes, text, pooled, bias)
@@ -86,14 +94,14 @@ class Round:
         latents: (N, 4, H/8, W/8).
         text: what they were drawn from, N rows.
         rightness: (N,), see `RewardLoss.forward`.
-        telling: the rows that are better or worse than others of their caption, shuffled; never empty.
+        order: the rows to learn from, in turn; see `learnt_from`.
         wrong: (), the share of wrong ones.
     """
 
     latents: Tensor
     text: TextEmbeddings
     rightness: Tensor
-    telling: list[int]
+    order: list[int]
     wrong: Tensor
 
 
@@ -103,10 +111,13 @@ def reward_batches(
     """Gives the function that makes batches of what the policy itself draws, anew every `UPDATES` steps.
 
     The policy is the moving average of the weights: nothing holds back weights that are compared with themselves, and
-    after some hundred steps everything that they draw is wrong (soft updates, in the paper's terms). Going on from a
-    checkpoint between two rounds is exact; within one, new pictures are drawn for the rest of it.
+    after some hundred steps everything that they draw is wrong (soft updates, in the paper's terms). Where all
+    pictures of a caption are alike, the mirror is what the UNet predicted before the stage: what is always right would
+    else be forgotten, until it is always wrong, and neither tells anything.
+
+    Going on from a checkpoint between two rounds is exact; within one, new pictures are drawn for the rest of it.
     """
-    before = deepcopy(policy).eval().requires_grad_(False)
+    before, start = (deepcopy(policy).eval().requires_grad_(False) for _ in range(2))
     begun, drawn = -1, None
 
     @torch.no_grad()
@@ -117,7 +128,7 @@ def reward_batches(
             begun = numbers[0] // batch_size // UPDATES
             before.load_state_dict(policy.state_dict())
             drawn = draw(before.unet, begun)
-        rows = [drawn.telling[number // here.count % len(drawn.telling)] for number in numbers]
+        rows = [drawn.order[number // here.count % len(drawn.order)] for number in numbers]
         latents, text = drawn.latents[rows], drawn.text[rows]
         noise = torch.stack([unit_noise(seed, number, tuple(latents.shape[1:])) for number in numbers])
         timestep, sizes = draw_timesteps(numbers, len(policy.signal)), whole_sizes(len(rows))
@@ -125,6 +136,8 @@ def reward_batches(
         told = (text.sequence, text.pooled, text.key_bias)
         with torch.autocast(here.device.type, torch.bfloat16):
             noise_pred = before.predict(*noised, *told)
+            if (held := drawn.rightness[rows] == 0.5).any():
+                noise_pred[held] = start.predict(*(tensor[held] for tensor in (*noised, *told)))
         return *noised, *told, drawn.rightness[rows], noise_pred, drawn.wrong
 
     return batch
@@ -168,8 +181,8 @@ def judged_drawing(
         verdicts = [judge(picture, claims[i]).holds for picture, i in zip(pictures, caption_of, strict=True)]
         right = torch.tensor(verdicts, dtype=torch.float32, device=here.device)
         rightness = compared(right)
-        telling = shuffle(generator(seed + 2, index), (rightness != 0.5).nonzero().flatten().tolist())
-        return Round(last.latents.float(), text, rightness, telling or [0], 1 - right.mean())
+        order = learnt_from(rightness.tolist(), generator(seed + 2, index))
+        return Round(last.latents.float(), text, rightness, order, 1 - right.mean())
 
     return draw
 
@@ -181,15 +194,50 @@ def asked_for(seed: int, number: int) -> tuple[Claim, str]:
         scene = sample_scene(rng)
         claim = choose_claim(scene, rng, rng.random() < DENSE)
         if rng.random() < BARE:
-            claim = replace(claim, things=tuple(replace(thing, places=()) for thing in claim.things), relations=())
+            claim = bare(claim, colours=rng.random() < COLOURED)
         wanted = len(scene.things) > 1 or rng.random() < ALONE
         if wanted and claim not in BENCHMARK:
             return claim, word(claim, rng, pick(rng, LANGUAGES))
 
 
+def bare(claim: Claim, colours: bool) -> Claim:
+    """The claim without places and relations and, where shapes tell its things apart, perhaps without colours."""
+    shapes = {thing.shape for thing in claim.things}
+    apart = len(shapes) == len(claim.things) and None not in shapes
+    open_facts = {} if colours or not apart else {"colour": None}
+    things = tuple(replace(thing, places=(), **open_facts) for thing in claim.things)
+    return replace(claim, things=things, relations=())
+
+
 def whole_sizes(count: int) -> Tensor:
     """The size conditions (B, 6) of pictures that were not enlarged."""
     return size_conditions(torch.full((count,), float(CANVAS)))
+
+
+def some_way_back(rewarded: UNet, before: UNet) -> UNet:
+    """Gives the rewarded UNet, its weights moved back towards those before (Ramé et al. 2024, WARP, its third stage).
+
+    What rewards made it forget comes back sooner than what it has learnt goes.
+    """
+    weights = before.state_dict()
+    moved = {name: weight.lerp(weights[name], BACK) for name, weight in rewarded.state_dict().items()}
+    rewarded.load_state_dict(moved)
+    return rewarded
+
+
+def learnt_from(rightness: list[float], rng: np.random.Generator) -> list[int]:
+    """Shuffles the rows of a round that are better or worse than others of their caption, and one of the rest to three.
+
+    Args:
+        rightness: of each row, as `compared` gives it.
+        rng: what decides the order.
+    """
+    rows = shuffle(rng, list(range(len(rightness))))
+    rest = [row for row in rows if rightness[row] == 0.5]
+    telling = [row for row in rows if rightness[row] != 0.5]
+    fillers = cycle(rest)
+    filled = [(row,) if i % TO_ONE or not rest else (next(fillers), row) for i, row in enumerate(telling)]
+    return [row for part in filled for row in part] or rest
 
 
 def compared(right: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from .language_model import LanguageModel, bag_of_words, caption_batches
 from .loop import average_of, train
 from .processes import Processes
 from .recipe import Recipe, Stage
-from .reward_tuning import RewardLoss, judged_drawing, reward_batches
+from .reward_tuning import RewardLoss, judged_drawing, reward_batches, some_way_back
 from .tokenizer_training import train_tokenizer
 from .training_state import read_result, write_tensors, written
 
@@ -137,19 +137,20 @@ class Run:
         return loss
 
     def rewarded(self, tuned: DenoisingLoss, text_encoder: GLMEncoder, vae: VAE) -> nn.Module:
-        """The UNet after the judge has rewarded pictures that it drew."""
-        stage = self.recipe.unet_reward
-        if not stage.steps:
-            return tuned.unet
-        schedule = NoiseSchedule(self.recipe.schedule)
+        """The UNet after the judge has rewarded pictures that it drew: twice, and each time some way back."""
+        schedule, unet = NoiseSchedule(self.recipe.schedule), tuned.unet
         _, sampler = read_scheduler_config(self.recipe.scheduler_config())
-        loss = RewardLoss(sizes.UNET, schedule).to(self.here.device)
-        loss.load_state_dict(tuned.state_dict())
-        seed = self.recipe.seed + REWARD_SEED
-        draw = judged_drawing(vae, self.tokenizer(), text_encoder, schedule, sampler, seed, self.here)
-        average = average_of(stage, loss)
-        batches = reward_batches(average.module, draw, seed + 1, stage.batch_size, self.here)
-        return self.stage(stage, loss, batches, average).unet
+        for count, stage in enumerate((self.recipe.unet_reward, self.recipe.unet_reward_again), 1):
+            if not stage.steps:
+                continue
+            seed = self.recipe.seed + REWARD_SEED * count
+            loss = RewardLoss(sizes.UNET, schedule).to(self.here.device)
+            loss.unet.load_state_dict(unet.state_dict())
+            draw = judged_drawing(vae, self.tokenizer(), text_encoder, schedule, sampler, seed, self.here)
+            average = average_of(stage, loss)
+            batches = reward_batches(average.module, draw, seed + 1, stage.batch_size, self.here)
+            unet = some_way_back(self.stage(stage, loss, batches, average).unet, unet)
+        return unet
 
     def stage(
         self,

@@ -14,7 +14,8 @@ from kolors_ref.mini.reuse import reuse_stages
 
 UNFINISHED = "unet-00000200.safetensors"
 LATENTS = ("latents-0000000.safetensors", "latents-0002048.safetensors", "latents-clean-0000000.safetensors")
-UNETS = ("unet", "unet-tuning", "unet-reward")
+UNETS = ("unet", "unet-tuning", "unet-reward", "unet-reward-again")
+REWARDS = ("unet_reward", "unet_reward_again")
 DENOISED = ("unet.safetensors", "unet-tuning.safetensors")
 REST = ("vae-whole.safetensors", "vae-scale.json", *LATENTS, *DENOISED)
 
@@ -37,14 +38,14 @@ def test_an_ablation_changes_the_unet_alone_or_the_words(name):
     plain, ablated = asdict(Recipe()), asdict(commands.ABLATIONS[name](Recipe()))
     changed = {field for field in plain if plain[field] != ablated[field]}
     assert changed
-    assert changed <= {"bag_of_words", "dense_share", "schedule", "unet_tuning", "unet_reward"}
+    assert changed <= {"bag_of_words", "dense_share", "schedule", "unet_tuning", *REWARDS}
 
 
-@pytest.mark.parametrize(("name", "stage"), [("no-tuning", "unet_tuning"), ("no-reward", "unet_reward")])
-def test_without_a_tuning_the_rest_is_as_it_was(name, stage):
+@pytest.mark.parametrize(("name", "stages"), [("no-tuning", ("unet_tuning",)), ("no-reward", REWARDS)])
+def test_without_a_tuning_the_rest_is_as_it_was(name, stages):
     ablated = commands.ABLATIONS[name](Recipe())
-    assert getattr(ablated, stage).steps == 0
-    assert replace(ablated, **{stage: getattr(Recipe(), stage)}) == Recipe()
+    assert all(getattr(ablated, stage).steps == 0 for stage in stages)
+    assert replace(ablated, **{stage: getattr(Recipe(), stage) for stage in stages}) == Recipe()
 
 
 def a_run(folder, recipe):
@@ -73,7 +74,8 @@ def a_run(folder, recipe):
 def test_stages_that_are_the_same_are_taken_over(tmp_path, change, missing):
     other, folder = a_run(tmp_path / "other", Recipe()), tmp_path / "ours"
     copied = reuse_stages(folder, other, replace(Recipe(), **change))
-    everything = {path.name for path in other.iterdir()} - {"recipe.json", "unet-reward.safetensors", UNFINISHED}
+    rewarded = {f"{name}.safetensors" for name in UNETS[2:]}
+    everything = {path.name for path in other.iterdir()} - {"recipe.json", UNFINISHED, *rewarded}
     assert set(copied) == {path.name for path in folder.iterdir()} == everything - missing
     assert all((folder / name).read_bytes() == (other / name).read_bytes() for name in copied)
 
@@ -131,9 +133,9 @@ def test_the_unets_steps_can_be_chosen(capsys, monkeypatch):
     monkeypatch.setattr(commands, "train_mini", lambda *arguments: calls.append(arguments))
     assert run(capsys, "train", "mini", "--unet-steps", "1000")[0] == 0
     recipe = calls[0][1]
-    assert (recipe.unet.steps, recipe.unet_tuning.steps, recipe.unet_reward.steps) == (1000, 49, 84)
-    rest = {stage: getattr(recipe, stage) for stage in ("unet", "unet_tuning", "unet_reward")}
-    assert recipe == replace(Recipe(), **rest)
+    stages = ("unet", "unet_tuning", *REWARDS)
+    assert [getattr(recipe, stage).steps for stage in stages] == [1000, 49, 198, 42]
+    assert recipe == replace(Recipe(), **{stage: getattr(recipe, stage) for stage in stages})
 
 
 def test_evaluation_prints_and_writes(capsys, small_checkpoint, tmp_path):

@@ -1,5 +1,8 @@
 """Reward tuning: what is asked for, how pictures are compared, what the loss is, and that rewards grow."""
 
+from copy import deepcopy
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -16,6 +19,7 @@ from kolors_ref.mini.processes import Processes
 from kolors_ref.mini.prompts import mini_prompts
 from kolors_ref.mini.recipe import Recipe, Stage
 from kolors_ref.mini.reward_tuning import (
+    BACK,
     BENCHMARK,
     GROUP,
     UPDATES,
@@ -24,8 +28,11 @@ from kolors_ref.mini.reward_tuning import (
     asked_for,
     compared,
     judged_drawing,
+    learnt_from,
     reward_batches,
+    some_way_back,
 )
+from kolors_ref.mini.scenes import generator
 from kolors_ref.mini.tokenizer_training import train_tokenizer
 from kolors_ref.mini.world import HELD_OUT_COLOURS, HELD_OUT_TEXTURES, Scene
 from kolors_ref.sampling import NoiseSchedule, get_sampler
@@ -77,9 +84,30 @@ def test_the_benchmark_would_be_asked_for_otherwise(monkeypatch):
 def test_most_captions_are_of_several_things_and_many_leave_their_places_open():
     claims = [asked_for(1, number)[0] for number in range(2000)]
     several = [claim for claim in claims if sum(thing.count for thing in claim.things) > 1]
-    assert len(several) / len(claims) == pytest.approx(0.65 / (0.65 + 0.5 * 0.35), abs=0.04)
+    assert len(several) / len(claims) == pytest.approx(0.65 / (0.65 + 0.8 * 0.35), abs=0.04)
     bare = [claim for claim in several if not claim.relations and not any(thing.places for thing in claim.things)]
-    assert len(bare) / len(several) > 0.5
+    assert len(bare) / len(several) > 0.6
+
+
+def test_some_captions_tell_things_by_their_shapes_alone():
+    claims = [asked_for(1, number)[0] for number in range(2000)]
+    different = [claim for claim in claims if len({thing.shape for thing in claim.things}) == len(claim.things) > 1]
+    uncoloured = [claim for claim in different if not any(thing.colour for thing in claim.things)]
+    assert 0.15 < len(uncoloured) / len(different) < 0.35
+    alike = [claim for claim in claims if len({thing.shape for thing in claim.things}) < len(claim.things)]
+    assert alike
+    assert all(any(thing.colour for thing in claim.things) for claim in alike)
+
+
+def test_weights_go_some_of_the_way_back(policy):
+    before, rewarded = (type(policy.unet)(policy.unet.config) for _ in range(2))
+    with torch.no_grad():
+        for parameter in before.parameters():
+            parameter.fill_(1.0)
+        for parameter in rewarded.parameters():
+            parameter.fill_(2.0)
+    moved = some_way_back(rewarded, before)
+    assert all(torch.allclose(parameter, torch.tensor(2 - BACK)) for parameter in moved.parameters())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -101,6 +129,17 @@ def test_pictures_are_compared_with_those_of_their_caption():
     torch.testing.assert_close(groups[4], 1 - groups[3])
 
 
+def test_three_pictures_that_tell_something_come_with_one_that_does_not():
+    rightness = [0.5] * 4 + [1.0, 0.3] * 8
+    order = learnt_from(rightness, generator(0, 0))
+    assert sorted(row for row in order if row > 3) == list(range(4, 20))
+    assert [rightness[row] == 0.5 for row in order] == ([True] + [False] * 3) * 5 + [True, False]
+    assert {row for row in order if row < 4} == {0, 1, 2, 3}
+    assert order == learnt_from(rightness, generator(0, 0)) != learnt_from(rightness, generator(0, 1))
+    assert sorted(learnt_from([0.5] * 3, generator(0, 0))) == [0, 1, 2]
+    assert sorted(learnt_from([1.0, 0.0], generator(0, 0))) == [0, 1]
+
+
 def test_a_round_is_drawn_from_its_number_and_shared_out(parts, policy, monkeypatch):
     """Two processes draw what one does, each its captions; and those that tell something are known."""
     monkeypatch.setattr(reward_tuning, "CAPTIONS", 4)
@@ -108,11 +147,11 @@ def test_a_round_is_drawn_from_its_number_and_shared_out(parts, policy, monkeypa
     whole = drawing(parts)(policy.unet, 3)
     again, other = drawing(parts)(policy.unet, 3), drawing(parts)(policy.unet, 4)
     assert torch.equal(whole.latents, again.latents)
-    assert whole.telling == again.telling
+    assert whole.order == again.order
     assert not torch.allclose(whole.latents, other.latents)
     assert whole.latents.shape == (4 * GROUP, 4, 16, 16)
     told = (whole.rightness != 0.5).nonzero().flatten().tolist()
-    assert sorted(whole.telling) == told != whole.telling
+    assert sorted({*whole.order} & {*told}) == told
     for rank in range(2):
         share = drawing(parts, Processes(rank, 2, torch.device("cpu")))(policy.unet, 3)
         theirs = whole.latents.view(4, GROUP, 4, 16, 16)[rank::2].flatten(0, 1)
@@ -173,6 +212,19 @@ def test_batches_are_made_of_the_telling_pictures_until_the_round_is_over(policy
     batches(range(6 * UPDATES, 6 * UPDATES + 6))
     assert [number for number, _ in drawn] == [0, 1]
     assert all(torch.equal(a, b) for a, b in zip(drawn[1][1], policy.unet.parameters(), strict=True))
+
+
+def test_pictures_that_tell_nothing_hold_the_unet_to_what_it_predicted_before_the_stage(policy, round_of_noise):
+    drawn = replace(round_of_noise, order=[0, 1, 2, 3, 4, 5])
+    before, after = (reward_batches(network, lambda *_: drawn, 9, 6, HERE) for network in (deepcopy(policy), policy))
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.add_(0.01 * torch.randn_like(parameter))
+    batch, moved = before(range(6)), after(range(6))
+    held = batch[7] == 0.5
+    assert held.tolist() == [True, False] * 2 + [True, False]
+    torch.testing.assert_close(moved[8][held], batch[8][held])
+    assert ((moved[8] - batch[8])[~held].abs().amax((1, 2, 3)) > 0.02).all()
 
 
 def test_the_loss_is_the_share_of_wrong_pictures_and_leads_from_them(policy, round_of_noise):

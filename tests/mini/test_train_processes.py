@@ -35,6 +35,7 @@ LEARNING = Recipe(
     unet=Stage("unet", 20, 4, 2e-3, 1e-3, matrix_rate=2e-3, warmup=5),
     unet_tuning=Stage("unet-tuning", 40, 4, 5e-4, 5e-5, matrix_rate=1e-3, warmup=5),
     unet_reward=Stage("unet-reward", 0, 4, 5e-4, 5e-5),
+    unet_reward_again=Stage("unet-reward-again", 0, 4, 5e-4, 5e-5),
     scenes=64,
     clean_scenes=32,
 )
@@ -47,6 +48,7 @@ SHORT = Recipe(
     unet=Stage("unet", 5, 2, 1e-2, 1e-3, matrix_rate=1e-2, warmup=2, save_every=2),
     unet_tuning=Stage("unet-tuning", 4, 2, 1e-2, 1e-3, warmup=2, save_every=2),
     unet_reward=Stage("unet-reward", 5, 2, 1e-2, 1e-3, warmup=2, save_every=2),
+    unet_reward_again=Stage("unet-reward-again", 3, 2, 1e-2, 1e-3, warmup=2, save_every=2),
     scenes=64,
     clean_scenes=32,
 )
@@ -242,6 +244,7 @@ def test_a_training_interrupted_everywhere_gives_the_same_files(short, tmp_path)
         (loop, "clip_grad_norm_", 4),  # step 4 of unet
         (loop, "clip_grad_norm_", 1 + 1),  # step 1 of unet-tuning, which has no checkpoint yet
         (reward_tuning, "judge", 4 + 4 + 1),  # in the third round of unet-reward, of 4 pictures each
+        (reward_tuning, "judge", 4 + 4 + 1),  # in the second round of unet-reward-again, after the third of the other
         (train, "write_safetensors", 1),
         (train, "write_json", 0),
     ):

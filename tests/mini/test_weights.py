@@ -19,8 +19,8 @@ from kolors_ref.mini.judge import judge
 from kolors_ref.mini.prompts import mini_prompts
 
 MEGABYTE = 1_000_000
-SCORE = 0.8
-"""What a sample of 40 prompts scores at least; it scored 0.90 and 0.88, and all 240 scored 0.86 and 0.87."""
+SCORE = 0.85
+"""What a sample of 40 prompts scores at least; it scored 0.95 and 0.98, and all 240 scored 0.92 and 0.92."""
 ASKED = ("一个红色的圆形在蓝色方块的左边", "a red circle to the left of a blue square")
 CLAIM = Claim((Description("circle", "red"), Description("square", "blue")), (Relation(0, "left of", 1),))
 
@@ -50,10 +50,10 @@ def test_the_sampler_is_the_one_they_ask_for(pipe):
 
 def test_they_are_guided_as_they_ask(pipe):
     """Little: beyond that they draw more things than they are asked for."""
-    assert pipe.guidance_scale == recipe.GUIDANCE_SCALE == 2.5
+    assert pipe.guidance_scale == recipe.GUIDANCE_SCALE == 1.5
     drawn = [
         pipe("a red star", generator=torch.Generator().manual_seed(1), output_type="pt", **options)
-        for options in ({}, {"guidance_scale": 2.5}, {"guidance_scale": 6.5})
+        for options in ({}, {"guidance_scale": 1.5}, {"guidance_scale": 6.5})
     ]
     assert torch.equal(drawn[0], drawn[1])
     assert not torch.allclose(drawn[0], drawn[2], atol=0.02)
