@@ -11,6 +11,7 @@ from parity.oracle import assert_parity
 
 from kolors_ref import KolorsPipeline as Ours
 from kolors_ref.loading import WEIGHTS
+from kolors_ref.mini.recipe import GUIDANCE_SCALE
 from weights_conversion import convert
 
 PROMPTS = ["一个红色的圆形在蓝色方块的左边", "two green stars", "", "a striped yellow triangle on a black background"]
@@ -31,8 +32,13 @@ def oracle(exported):
     return pipe
 
 
-@pytest.mark.parametrize("guidance_scale", [6.5, 3.0, 1.0])
+@pytest.mark.parametrize("guidance_scale", [GUIDANCE_SCALE, 2.0, 1.0])
 def test_diffusers_draws_the_same_pictures(oracle, guidance_scale):
+    """Guided as the weights ask for, and about as much: pixels are 7e-5 apart at most.
+
+    With 3 and more they are not sure of "two green stars" any longer: 1e-7 more or less of the first noise then moves
+    pixels of ours by 5e-3. Kolors' guidance of 6.5 is compared on random weights, in test_pipeline.py.
+    """
     settings = {"num_inference_steps": 25, "guidance_scale": guidance_scale, "output_type": "np"}
     noise = lambda: torch.Generator().manual_seed(11)
     theirs = oracle(PROMPTS, negative_prompt=[""] * len(PROMPTS), generator=noise(), **settings).images
