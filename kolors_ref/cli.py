@@ -19,7 +19,7 @@ ABLATIONS = ("bag-of-words", "short-captions", "dense-captions", "sdxl-schedule"
 MODEL_HELP = "a checkpoint's folder, or the id of a hub repository (default: the embedded miniature)"
 GUIDANCE_HELP = "1 is no guidance (default: the checkpoint's, or 6.5)"
 UNET_STEPS_HELP = f"of the UNet (default: {Recipe().unet.steps}), what follows in proportion"
-OFFLOAD_HELP = "keep networks in the file: on the device one at a time, or block by block (default: %(default)s)"
+OFFLOAD_HELP = "keep networks in the file: on the device one at a time, or block by block (default: where a CPU must)"
 DECODING_HELP = "tiled needs less memory above 1024 pixels, and is approximate (default: %(default)s)"
 UNRECORDED = ("command", "output", "repeat", "help")
 """Arguments that do not change the picture, and are not read from one."""
@@ -125,9 +125,9 @@ def build_parsers() -> tuple[Parser, Parser]:
     )
     add("--ip-scale", type=float, default=1.0, help="what reference pictures count (default: %(default)s)")
     add("--lora", action="append", metavar="FILE[:SCALE]", help="a LoRA and its weight (default: 1); repeatable")
-    add("--dtype", choices=DTYPES, help="to compute in (default: the checkpoint's; bfloat16 for fp16 on a CPU)")
+    add("--dtype", choices=DTYPES, help="to compute in (default: the checkpoint's, or what the CPU is fast in)")
     add("--device", default="cpu", help="such as cpu or cuda (default: %(default)s)")
-    add("--offload", choices=("none", "model", "stream"), default="none", help=OFFLOAD_HELP)
+    add("--offload", choices=("none", "model", "stream"), help=OFFLOAD_HELP)
     add("--decoding", choices=("whole", "tiled"), default="whole", help=DECODING_HELP)
     add("-o", "--output", type=Path, metavar="FILE", help="a .png file (default: kolors-SEED.png)")
     add("--repeat", type=Path, metavar="FILE", help="make the picture of this file again; other options change it")
@@ -164,7 +164,7 @@ def add_evaluate(commands: "argparse._SubParsersAction[Parser]") -> None:
     add("--language", choices=("zh", "en"), help="of the prompts (default: both)")
     add("--limit", type=counting, default=24, metavar="N", help="prompts of a category and language (default: all 24)")
     add("--batch-size", type=counting, default=16, metavar="N", help="pictures drawn together (default: %(default)s)")
-    add("--dtype", choices=DTYPES, help="to compute in (default: the checkpoint's; bfloat16 for fp16 on a CPU)")
+    add("--dtype", choices=DTYPES, help="to compute in (default: the checkpoint's, or what the CPU is fast in)")
     add("--device", help="cpu or cuda (default: cuda if there is one)")
     add("-o", "--output", type=Path, default=Path("evaluation"), metavar="DIR", help="for report.json and sheet.png")
 

@@ -1,6 +1,8 @@
 """Files to the parts of a pipeline: networks built without memory, then given the tensors mapped from the files."""
 
+import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from .models.glm import GLMEncoder
 from .models.unet import TransformerBlock, UNet
 from .models.vae import VAE, memory_format
 from .offload import Carrier, let_rest, make_carrier, make_way
+from .precision import fast_dtype
 from .sampling import NoiseSchedule, Sampler, read_scheduler_config
 from .sampling.guidance import GUIDANCE_SCALE
 from .tokenizer import Tokenizer
@@ -49,7 +52,7 @@ def load_parts(
     device: torch.device | str = "cpu",
     variant: str | None = None,
     unet: str | Path | None = None,
-    offload: str = "none",
+    offload: str | None = None,
     compile: bool = False,
 ) -> Parts:
     """Loads a checkpoint of any layout; see `KolorsPipeline.from_pretrained` for the arguments and errors."""
@@ -64,6 +67,8 @@ def load_parts(
     if dtype is not None and dtype not in FORMATS:
         raise ValueError(f"dtype is {dtype!r}; it must be one of {', '.join(map(str, FORMATS))}")
     dtype = dtype or default_dtype(networks["unet"], device)
+    if offload is None:
+        offload = "none" if compile else default_offload(networks, dtype, device)
     carrier = make_carrier(offload, device)
     if compile and carrier is not None:
         raise ValueError(
@@ -195,9 +200,19 @@ def over_base(checkpoint: Checkpoint, base: Network) -> Network:
 
 
 def default_dtype(unet: Network, device: torch.device) -> torch.dtype:
-    """The checkpoint's own type; bfloat16 for fp16 on a CPU, where fp16 arithmetic is slow."""
+    """The checkpoint's own type; on a CPU, for half precision, what it computes fast in."""
     dtype = unet.tensors["conv_in.weight"].dtype
-    return torch.bfloat16 if dtype == torch.float16 and device.type == "cpu" else dtype
+    return fast_dtype(device) if dtype.itemsize == 2 and device.type == "cpu" else dtype
+
+
+def default_offload(networks: Mapping[str, Network], dtype: torch.dtype, device: torch.device) -> str:
+    """ "stream" where weights that have to be cast would take more than half of a CPU's memory, else "none"."""
+    if device.type != "cpu" or not hasattr(os, "sysconf"):
+        return "none"
+    tensors = [tensor for name in ("text_encoder", "unet") for tensor in networks[name].tensors.values()]
+    cast = sum(tensor.numel() * dtype.itemsize for tensor in tensors if tensor.dtype != dtype)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return "stream" if cast > memory / 2 else "none"
 
 
 def check_device(device: torch.device | str) -> torch.device:

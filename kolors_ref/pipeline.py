@@ -80,7 +80,7 @@ class KolorsPipeline:
         device: torch.device | str = "cpu",
         variant: str | None = None,
         unet: str | Path | None = None,
-        offload: str = "none",
+        offload: str | None = None,
         compile: bool = False,
     ) -> "KolorsPipeline":
         """Loads a checkpoint; weights already in the wanted type stay in the memory-mapped file on a CPU.
@@ -88,7 +88,8 @@ class KolorsPipeline:
         Args:
             path: a folder in the layout of Kolors-diffusers, of the Kolors team or of this project; or, with the `hub`
                 extra, the id of a hub repository.
-            dtype: the type to compute in; by default the checkpoint's, but bfloat16 for fp16 weights on a CPU.
+            dtype: the type to compute in; by default the checkpoint's, but for half precision on a CPU bfloat16 if it
+                has instructions for that, else float32.
             device: "cpu", "cuda", ...
             variant: such as "fp16", to choose among the files of a folder that holds several.
             unet: a checkpoint or single file whose UNet replaces the folder's.
@@ -96,7 +97,8 @@ class KolorsPipeline:
                 device one at a time, while it works. "stream": in the file, and on the device block by block, for
                 machines whose memory holds neither; on CUDA up to 3.5 GB of the UNet stay while it works. The pictures
                 are the same; the autoencoder and the networks of image prompts are always on the device. A weight of
-                another type than dtype is cast every time.
+                another type than dtype is cast every time. By default "none", but on a CPU "stream" if the weights to
+                cast would take more than half of the memory.
             compile: whether torch compiles the UNet's transformer blocks while the first picture is made, for the next
                 ones to be faster; not with offload, and on a CPU a C++ compiler is needed.
 

@@ -261,20 +261,6 @@ def test_the_asked_for_format(small_checkpoint, small_pipe, dtype):
     assert error < {torch.float64: 1e-5, torch.float32: 1e-12, torch.bfloat16: 0.1, torch.float16: 0.02}[dtype]
 
 
-def test_half_precision_files(checkpoint_copy):
-    """fp16 becomes bfloat16 on a CPU unless it is asked for; bfloat16 and mixed files are taken as the UNet says."""
-
-    def cast(dtype):
-        return lambda tensors: tensors.update({name: tensor.to(dtype) for name, tensor in tensors.items()})
-
-    edit_weights(checkpoint_copy / WEIGHTS["unet"], cast(torch.float16))
-    assert dtypes(KolorsPipeline.from_pretrained(checkpoint_copy)) == [{torch.bfloat16}] * 3
-    asked = KolorsPipeline.from_pretrained(checkpoint_copy, dtype=torch.float16)
-    assert dtypes(asked) == [{torch.float16}, {torch.float16}, {torch.float32}]
-    edit_weights(checkpoint_copy / WEIGHTS["unet"], cast(torch.bfloat16))
-    assert dtypes(KolorsPipeline.from_pretrained(checkpoint_copy)) == [{torch.bfloat16}] * 3
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Broken checkpoints
 # ---------------------------------------------------------------------------------------------------------------------

@@ -27,12 +27,8 @@ ABLATIONS: dict[str, Callable[[Recipe], Recipe]] = {
     "sdxl-schedule": lambda recipe: replace(
         recipe, schedule=replace(recipe.schedule, num_train_timesteps=1000, beta_end=SDXL_SCHEDULE.beta_end)
     ),
-    "no-tuning": lambda recipe: replace(recipe, unet_tuning=replace(recipe.unet_tuning, steps=0)),
-    "no-reward": lambda recipe: replace(
-        recipe,
-        unet_reward=replace(recipe.unet_reward, steps=0),
-        unet_reward_again=replace(recipe.unet_reward_again, steps=0),
-    ),
+    "no-tuning": lambda recipe: recipe.without("unet_tuning"),
+    "no-reward": lambda recipe: recipe.without("unet_reward", "unet_reward_again"),
 }
 """What can be left out or changed, to see what it was good for; everything else stays as it is."""
 

@@ -141,8 +141,8 @@ def split(items: list, size: int) -> list[list]:
 
 
 def encode(vae: VAE, pictures: list[np.ndarray], here: Processes) -> Tensor:
-    """The latents (B, 4, 16, 16) of pictures, in bf16 arithmetic."""
-    with torch.autocast(here.device.type, torch.bfloat16):
+    """The latents (B, 4, 16, 16) of pictures."""
+    with here.autocast():
         return vae.encode(pixels(np.stack(pictures)).to(here.device)).mode().float().cpu()
 
 

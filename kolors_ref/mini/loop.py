@@ -57,7 +57,7 @@ def train(
             the loss or its gradient is no longer a number.
         OSError: a checkpoint cannot be written.
     """
-    check_shares(stage, here)
+    here.check_shares(stage.batch_size, f"examples of a batch of {stage.name}")  # the gradient is a plain mean
     average = average_of(stage, module) if average is None else average
     optimizers = Optimizers(stage, module)
     settings = json.dumps(asdict(stage))
@@ -74,7 +74,7 @@ def train(
         for step in range(first, stage.steps):
             start = step * stage.batch_size
             batch = make_batch(range(start + here.rank, start + stage.batch_size, here.count))
-            with torch.autocast(here.device.type, torch.bfloat16), small_attention(here):
+            with here.autocast(), small_attention(here):
                 loss = model(*(tensor.to(here.device) for tensor in batch))
             loss.backward()
             check_finite(stage, step, loss, clip_grad_norm_(module.parameters(), CLIP))
@@ -93,15 +93,6 @@ def train(
 def small_attention(here: Processes) -> AbstractContextManager:
     """On a CPU, attention as plain matrix products: over so few tokens a fifth faster than the fused kernel."""
     return sdpa_kernel(SDPBackend.MATH) if here.device.type == "cpu" else nullcontext()
-
-
-def check_shares(stage: Stage, here: Processes) -> None:
-    """ValueError unless every process has the same share of a batch: the gradient is the plain mean over processes."""
-    if stage.batch_size % here.count:
-        raise ValueError(
-            f"the {stage.batch_size} examples of a batch of {stage.name} cannot be shared evenly by {here.count} "
-            "processes; start a number of processes that divides them"
-        )
 
 
 def check_finite(stage: Stage, step: int, loss: Tensor, norm: Tensor) -> None:

@@ -2,11 +2,13 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+
+from ..precision import fast_dtype
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,18 @@ class Processes:
         """Waits until all processes are here."""
         if self.count > 1:
             dist.barrier()
+
+    def autocast(self) -> AbstractContextManager:
+        """Computes in bf16 what may be, if the device is fast in it."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=fast_dtype(self.device) == torch.bfloat16)
+
+    def check_shares(self, count: int, what: str) -> None:
+        """Raises ValueError unless every process has the same share of `count` things."""
+        if count % self.count:
+            raise ValueError(
+                f"the {count} {what} cannot be shared evenly by {self.count} processes; start a number of processes "
+                "that divides them"
+            )
 
 
 @contextmanager

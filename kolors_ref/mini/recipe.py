@@ -143,6 +143,10 @@ class Recipe:
         }
         return replace(self, **stages, **counts)
 
+    def without(self, *stages: str) -> "Recipe":
+        """The same recipe with some stages left out."""
+        return replace(self, **{field: replace(getattr(self, field), steps=0) for field in stages})
+
     def with_unet_steps(self, steps: int) -> "Recipe":
         """The same recipe with another number of steps of concept learning; what follows changes in proportion."""
         later = ("unet_tuning", "unet_reward", "unet_reward_again")

@@ -75,7 +75,8 @@ class RewardLoss(DenoisingLoss):
         Args:
             latents, noise, timestep, sizes, text, pooled, bias: see `DenoisingLoss.forward`.
             rightness: (B,) in [0, 1], from the worst of its group to the best; 0.5 is neither.
-            before: (B, 4, H/8, W/8), the mirror: the noise that the UNet predicted when the round began.
+            before: (B, 4, H/8, W/8), the mirror: the noise that the UNet predicted when the round began or, where
+                rightness is 0.5, before the stage.
             wrong: (), the share of wrong pictures in the round.
         """
         noise_pred = self.predict(latents, noise, timestep, sizes, text, pooled, bias)
@@ -134,10 +135,11 @@ def reward_batches(
         timestep, sizes = draw_timesteps(numbers, len(policy.signal)), whole_sizes(len(rows))
         noised = (latents, *(tensor.to(here.device) for tensor in (noise, timestep, sizes)))
         told = (text.sequence, text.pooled, text.key_bias)
-        with torch.autocast(here.device.type, torch.bfloat16):
-            noise_pred = before.predict(*noised, *told)
-            if (held := drawn.rightness[rows] == 0.5).any():
-                noise_pred[held] = start.predict(*(tensor[held] for tensor in (*noised, *told)))
+        with here.autocast():
+            held, noise_pred = drawn.rightness[rows] == 0.5, torch.empty_like(latents)
+            for network, some in ((before, ~held), (start, held)):
+                if some.any():
+                    noise_pred[some] = network.predict(*(tensor[some] for tensor in (*noised, *told)))
         return *noised, *told, drawn.rightness[rows], noise_pred, drawn.wrong
 
     return batch
@@ -156,11 +158,7 @@ def judged_drawing(
 
     Raises ValueError for a number of processes that cannot share the captions of a round evenly.
     """
-    if CAPTIONS % here.count:
-        raise ValueError(
-            f"the {CAPTIONS} captions of a round of reward tuning cannot be shared evenly by {here.count} processes; "
-            "start a number of processes that divides them"
-        )
+    here.check_shares(CAPTIONS, "captions of a round of reward tuning")
 
     @torch.no_grad()
     def draw(unet: UNet, index: int) -> Round:
@@ -172,7 +170,7 @@ def judged_drawing(
         shape = (unet.config.in_channels, *[unet.config.sample_size] * 2)
         noise = [unit_noise(seed, number * GROUP + i, shape) for number in numbers for i in range(GROUP)]
         plan = sampler.plan(schedule, STEPS)
-        with torch.autocast(here.device.type, torch.bfloat16):
+        with here.autocast():
             sizes = whole_sizes(len(noise)).to(here.device)
             context = unet.prepare(text.sequence, text.pooled, sizes, text.key_bias)
             start = torch.stack(noise).to(here.device) * plan.initial_scale
@@ -232,12 +230,15 @@ def learnt_from(rightness: list[float], rng: np.random.Generator) -> list[int]:
         rightness: of each row, as `compared` gives it.
         rng: what decides the order.
     """
-    rows = shuffle(rng, list(range(len(rightness))))
+    rows = shuffle(rng, range(len(rightness)))
     rest = [row for row in rows if rightness[row] == 0.5]
     telling = [row for row in rows if rightness[row] != 0.5]
-    fillers = cycle(rest)
-    filled = [(row,) if i % TO_ONE or not rest else (next(fillers), row) for i, row in enumerate(telling)]
-    return [row for part in filled for row in part] or rest
+    order, fillers = [], cycle(rest)
+    for i, row in enumerate(telling):
+        if rest and i % TO_ONE == 0:
+            order.append(next(fillers))
+        order.append(row)
+    return order or rest
 
 
 def compared(right: Tensor) -> Tensor:
