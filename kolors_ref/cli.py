@@ -146,7 +146,7 @@ def add_train(commands: "argparse._SubParsersAction[Parser]") -> None:
     add("--scale", type=positive, default=1.0, metavar="F", help="times the steps and the data (default: %(default)s)")
     add("--unet-steps", type=counting, metavar="N", help=UNET_STEPS_HELP)
     add("--seed", type=seed_number, default=0, metavar="N", help="of weights, data and noise (default: %(default)s)")
-    add("--ablate", choices=ABLATIONS, help="leave something out, to see what it is good for")
+    add("--ablate", action="append", choices=ABLATIONS, help="leave out what it is to show the worth of; repeatable")
     add("--reuse", type=Path, metavar="DIR", help="take the stages that are the same from the folder of another run")
     add("--previous", action="store_true", help="go on from the last checkpoint but one")
     add("--device", help="cpu or cuda (default: cuda if there is one)")

@@ -38,8 +38,8 @@ def run_training(options: argparse.Namespace) -> None:
     recipe = replace(Recipe(), seed=options.seed).scaled(options.scale)
     if options.unet_steps:
         recipe = recipe.with_unet_steps(options.unet_steps)
-    if options.ablate:
-        recipe = ABLATIONS[options.ablate](recipe)
+    for name in options.ablate or []:
+        recipe = ABLATIONS[name](recipe)
     if options.folder.exists() and not options.folder.is_dir():
         raise NotADirectoryError(f"the folder {options.folder} of the training is a file; give another with --folder")
     with processes(options.device) as here:

@@ -120,12 +120,14 @@ def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_drawn(cap
 def test_training_runs_what_was_asked_for(capsys, monkeypatch, tmp_path):
     calls = []
     monkeypatch.setattr(commands, "train_mini", lambda *arguments: calls.append(arguments) or "MODEL")
-    arguments = ("--folder", tmp_path, "--scale", "0.1", "--seed", "3", "--ablate", "sdxl-schedule", "--previous")
+    arguments = ("--folder", tmp_path, "--scale", "0.1", "--seed", "3", "--previous")
+    arguments += ("--ablate", "sdxl-schedule", "--ablate", "no-reward")  # one on the other
     assert run(capsys, "train", "mini", *arguments)[:2] == (0, "MODEL\n")
     [(folder, recipe, here, previous)] = calls
     assert (folder, previous, here.count) == (tmp_path, True, 1)
     assert (recipe.seed, recipe.schedule.beta_end) == (3, 0.012)
     assert recipe.glm.steps == round(0.1 * Recipe().glm.steps)
+    assert [getattr(recipe, stage).steps for stage in ("unet_tuning", *REWARDS)] == [70, 0, 0]
 
 
 def test_the_unets_steps_can_be_chosen(capsys, monkeypatch):
