@@ -1,4 +1,7 @@
-"""Stage three of training: the autoencoder, on crops at first, then on whole pictures (Rombach et al. 2022)."""
+"""Stage three of training: the autoencoder, on crops at first, then on whole pictures (Rombach et al. 2022).
+
+At last the decoder learns alone to draw small things inside others, which are few, and of whose shape it made a dot.
+"""
 
 from collections.abc import Callable, Iterator
 
@@ -9,13 +12,21 @@ from torch import Tensor, nn
 from ..config import VAEConfig
 from ..models.vae import VAE
 from .data import example
-from .scenes import generator, pick
-from .world import CANVAS
+from .drawing import render
+from .processes import Processes
+from .scenes import generator, pick, sample_scene
+from .world import CANVAS, Scene, related
 
 KL_WEIGHT = 1e-4
 """Of the divergence from a standard normal, the mean over latents, beside the mean error of pixels in [-1, 1]."""
 CROP = 48
 """Pixels along one side of a crop: around a thing, since most of a picture is background and soon learnt."""
+
+
+NESTED = 0.5
+"""The share of pictures with a thing inside another that the decoder learns alone from."""
+NEAR, MARGIN = 12.0, 5.0
+"""What a pixel counts that is within so many pixels of a thing, where one far from all counts 1."""
 
 
 class AutoencoderLoss(nn.Module):
@@ -35,6 +46,25 @@ class AutoencoderLoss(nn.Module):
         return error.abs().mean() + error.square().mean() + KL_WEIGHT * divergence.mean()
 
 
+class DecoderLoss(nn.Module):
+    """The decoder alone with its loss; the latents, and what has learnt to make them, stay as they are."""
+
+    def __init__(self, vae: VAE) -> None:
+        super().__init__()
+        self.post_quant_conv, self.decoder = vae.post_quant_conv, vae.decoder
+
+    def forward(self, latents: Tensor, pixels: Tensor, weight: Tensor) -> Tensor:
+        """Gives the loss.
+
+        Args:
+            latents: (B, 4, H/8, W/8), not scaled.
+            pixels: (B, 3, H, W) in [-1, 1].
+            weight: (B, 1, H, W), what each pixel counts.
+        """
+        error = self.decoder(self.post_quant_conv(latents)).float() - pixels
+        return (weight * (error.abs() + error.square())).mean()
+
+
 def picture_batches(seed: int, config: VAEConfig, crop: int = CANVAS) -> Callable[[range], tuple[Tensor, Tensor]]:
     """Gives the function that makes pictures, or square crops of them, and noise from the numbers of examples."""
 
@@ -52,6 +82,36 @@ def picture_batches(seed: int, config: VAEConfig, crop: int = CANVAS) -> Callabl
         return pixels(np.stack(pictures)), torch.stack(noises)
 
     return batch
+
+
+def decoder_batches(seed: int, vae: VAE, here: Processes) -> Callable[[range], tuple[Tensor, Tensor, Tensor]]:
+    """Gives the function that makes latents, whole pictures and weights of pixels from the numbers of examples."""
+    size = CANVAS // vae.config.downscale
+
+    @torch.no_grad()
+    def batch(numbers: range) -> tuple[Tensor, Tensor, Tensor]:
+        """The arguments of `DecoderLoss.forward`."""
+        scenes, noises = [], []
+        for number in numbers:
+            rng = generator(seed + 5, number)
+            scenes.append(sample_scene(rng, layout="nested" if rng.random() < NESTED else None))
+            noises.append(unit_noise(seed + 5, number, (vae.config.latent_channels, size, size)))
+        shown = pixels(np.stack([np.asarray(render(scene)) for scene in scenes])).to(here.device)
+        with here.autocast():
+            latents = vae.encode(shown).sample(torch.stack(noises).to(here.device)).float()
+        return latents / vae.config.scaling_factor, shown, torch.stack([nearness(scene) for scene in scenes])
+
+    return batch
+
+
+def nearness(scene: Scene) -> Tensor:
+    """What each pixel of a picture counts, (1, 128, 128), 1 in the mean: more near a thing, if nothing is inside it."""
+    weight, axis = torch.ones(1, CANVAS, CANVAS), torch.arange(CANVAS) + 0.5
+    for thing in scene.things:
+        if not any(related(other, "inside", thing) for other in scene.things if other is not thing):
+            across, along = ((axis - centre).abs() < thing.extent / 2 + MARGIN for centre in (thing.x, thing.y))
+            weight[:, along[:, None] & across] = NEAR
+    return weight / weight.mean()
 
 
 def pixels(pictures: np.ndarray) -> Tensor:

@@ -95,7 +95,7 @@ class Stage:
         )
 
 
-STAGES = ("glm", "vae", "vae_whole", "unet", "unet_tuning", "unet_reward", "unet_reward_again")
+STAGES = ("glm", "vae", "vae_whole", "vae_decoder", "unet", "unet_tuning", "unet_reward", "unet_reward_again")
 """The stages of a recipe, in their order."""
 
 
@@ -106,9 +106,9 @@ class Recipe:
     Attributes:
         seed: of data, weights and noise.
         tokenizer_captions: captions that the SentencePiece model is made from.
-        glm, vae, vae_whole, unet, unet_tuning, unet_reward, unet_reward_again: the stages; those of the autoencoder
-            work on crops and on whole pictures, those of the UNet on the broad mix of pictures, on the clean subset
-            and, twice, on its own.
+        glm, vae, vae_whole, vae_decoder, unet, unet_tuning, unet_reward, unet_reward_again: the stages; those of the
+            autoencoder work on crops, on whole pictures and, the decoder alone, on things inside others; those of the
+            UNet on the broad mix of pictures, on the clean subset and, twice, on its own.
         scenes, clean_scenes: pictures whose latents are kept for the first two stages of the UNet.
         schedule: the noise schedule.
         dense_share: the share of dense captions that the UNet sees; the rest are short.
@@ -120,6 +120,7 @@ class Recipe:
     glm: Stage = Stage("glm", 4000, 32, 1.5e-3, 1e-5, matrix_rate=5e-3, weight_decay=0.1)
     vae: Stage = Stage("vae", 5500, 24, 2e-3, 2e-4)
     vae_whole: Stage = Stage("vae-whole", 1000, 4, 2e-4, 1e-6)
+    vae_decoder: Stage = Stage("vae-decoder", 3000, 4, 5e-4, 1e-5)
     unet: Stage = Stage("unet", 14250, 64, 1e-3, 1e-5, matrix_rate=2e-3, cooldown=1 / 3, ema_decay=0.9995)
     unet_tuning: Stage = Stage("unet-tuning", 700, 64, 1e-4, 1e-6, matrix_rate=2e-4)
     unet_reward: Stage = Stage(

@@ -18,6 +18,7 @@ DECIDED_BY = {
     "vae.safetensors": ("seed", "vae"),
     "vae-whole.safetensors": AUTOENCODER,
     "vae-scale.json": AUTOENCODER,
+    "vae-decoder.safetensors": (*AUTOENCODER, "vae_decoder"),
     "latents-[0-9]*.safetensors": (*AUTOENCODER, "scenes"),
     "latents-clean-[0-9]*.safetensors": (*AUTOENCODER, "clean_scenes"),
     "unet.safetensors": DENOISER,

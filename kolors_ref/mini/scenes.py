@@ -59,14 +59,16 @@ def between(rng: np.random.Generator, low: float, high: float) -> float:
     return round(low + (high - low) * rng.random(), 1)
 
 
-def sample_scene(rng: np.random.Generator, held_out: bool = False, clean: bool = False) -> Scene:
-    """Draws a scene.
+def sample_scene(
+    rng: np.random.Generator, held_out: bool = False, clean: bool = False, layout: str | None = None
+) -> Scene:
+    """Draws a scene, its layout too if none of `LAYOUTS` is given.
 
     With `held_out`, its first thing has a combination of attributes that training never shows; without, none has.
     A clean scene, for quality tuning, is drawn upright in the exact sizes and colours, with rows and columns in line
     and wide gaps; any other is a little turned, scaled, shaded and shifted.
     """
-    layout = pick(rng, tuple(LAYOUTS), tuple(LAYOUTS.values()))
+    layout = layout or pick(rng, tuple(LAYOUTS), tuple(LAYOUTS.values()))
     while True:  # about half of the proposals fit
         background = pick(rng, tuple(BACKGROUNDS))
         looks = _sample_looks(rng, layout, background, held_out)

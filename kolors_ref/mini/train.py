@@ -16,7 +16,7 @@ from ..models.vae import VAE
 from ..sampling import NoiseSchedule, read_scheduler_config
 from ..tokenizer import Tokenizer
 from . import recipe as sizes
-from .autoencoder import CROP, AutoencoderLoss, measured_scale, picture_batches
+from .autoencoder import CROP, AutoencoderLoss, DecoderLoss, decoder_batches, measured_scale, picture_batches
 from .denoiser import DenoisingLoss, Latents, cache_latents, denoising_batches
 from .first_weights import first_weights
 from .language_model import LanguageModel, bag_of_words, caption_batches
@@ -105,7 +105,11 @@ class Run:
             with written(path) as beside:
                 write_json(beside, {"scaling_factor": scale})
         self.here.wait()
-        return with_config(loss.vae, replace(sizes.VAE, scaling_factor=read_json(path)["scaling_factor"]))
+        vae = with_config(loss.vae, replace(sizes.VAE, scaling_factor=read_json(path)["scaling_factor"]))
+        if self.recipe.vae_decoder.steps:
+            alone = self.stage(self.recipe.vae_decoder, DecoderLoss(vae), decoder_batches(seed, vae, self.here))
+            vae.post_quant_conv, vae.decoder = alone.post_quant_conv, alone.decoder
+        return vae
 
     def denoiser(self, text_encoder: GLMEncoder, vae: VAE) -> DenoisingLoss:
         """The UNet: concept learning on the broad mix, then quality tuning on the clean subset."""

@@ -17,7 +17,7 @@ LATENTS = ("latents-0000000.safetensors", "latents-0002048.safetensors", "latent
 UNETS = ("unet", "unet-tuning", "unet-reward", "unet-reward-again")
 REWARDS = ("unet_reward", "unet_reward_again")
 DENOISED = ("unet.safetensors", "unet-tuning.safetensors")
-REST = ("vae-whole.safetensors", "vae-scale.json", *LATENTS, *DENOISED)
+REST = ("vae-whole.safetensors", "vae-scale.json", "vae-decoder.safetensors", *LATENTS, *DENOISED)
 
 
 def run(capsys, *arguments):
@@ -54,7 +54,7 @@ def a_run(folder, recipe):
     (folder / "recipe.json").write_text(json.dumps(asdict(recipe)))
     for name in ("tokenizer.model", "glm.safetensors", "vae.safetensors", "vae-whole.safetensors", "vae-scale.json"):
         (folder / name).write_text(name)
-    for name in ("latents-0000000", "latents-0002048", "latents-clean-0000000", *UNETS, "unet-00000200"):
+    for name in ("vae-decoder", "latents-0000000", "latents-0002048", "latents-clean-0000000", *UNETS, "unet-00000200"):
         (folder / f"{name}.safetensors").write_text(name)
     return folder
 
@@ -68,6 +68,7 @@ def a_run(folder, recipe):
         ({"bag_of_words": True}, {"glm.safetensors", *DENOISED}),
         ({"scenes": 64}, {"latents-0000000.safetensors", "latents-0002048.safetensors", *DENOISED}),
         ({"vae_whole": replace(Recipe().vae_whole, steps=7)}, set(REST)),
+        ({"vae_decoder": replace(Recipe().vae_decoder, steps=7)}, {"vae-decoder.safetensors"}),
         ({"seed": 1}, {"tokenizer.model", "glm.safetensors", "vae.safetensors", *REST}),
     ],
 )

@@ -21,7 +21,14 @@ from torch import nn
 
 from kolors_ref import KolorsPipeline
 from kolors_ref.mini import denoiser, loop, recipe, reward_tuning, train
-from kolors_ref.mini.autoencoder import CROP, AutoencoderLoss, picture_batches, whole_pictures
+from kolors_ref.mini.autoencoder import (
+    CROP,
+    AutoencoderLoss,
+    DecoderLoss,
+    decoder_batches,
+    picture_batches,
+    whole_pictures,
+)
 from kolors_ref.mini.processes import Processes, processes
 from kolors_ref.mini.recipe import Recipe, Stage
 from kolors_ref.mini.training_state import read_tensors, write_tensors
@@ -32,6 +39,7 @@ LEARNING = Recipe(
     glm=Stage("glm", 25, 8, 1e-2, 1e-3, warmup=5),
     vae=Stage("vae", 40, 4, 1e-2, 3e-3, warmup=2),
     vae_whole=Stage("vae-whole", 10, 4, 3e-3, 1e-4, warmup=2),
+    vae_decoder=Stage("vae-decoder", 20, 4, 3e-3, 1e-4, warmup=2),
     unet=Stage("unet", 20, 4, 2e-3, 1e-3, matrix_rate=2e-3, warmup=5),
     unet_tuning=Stage("unet-tuning", 40, 4, 5e-4, 5e-5, matrix_rate=1e-3, warmup=5),
     unet_reward=Stage("unet-reward", 0, 4, 5e-4, 5e-5),
@@ -45,6 +53,7 @@ SHORT = Recipe(
     glm=Stage("glm", 6, 4, 1e-2, 1e-3, warmup=2, save_every=2),
     vae=Stage("vae", 4, 2, 1e-2, 1e-3, warmup=2, save_every=2),
     vae_whole=Stage("vae-whole", 2, 2, 1e-2, 1e-3, warmup=2, save_every=1),
+    vae_decoder=Stage("vae-decoder", 2, 2, 1e-2, 1e-3, warmup=2, save_every=1),
     unet=Stage("unet", 5, 2, 1e-2, 1e-3, matrix_rate=1e-2, warmup=2, save_every=2),
     unet_tuning=Stage("unet-tuning", 4, 2, 1e-2, 1e-3, warmup=2, save_every=2),
     unet_reward=Stage("unet-reward", 5, 2, 1e-2, 1e-3, warmup=2, save_every=2),
@@ -183,6 +192,18 @@ def test_the_second_stage_of_the_autoencoder_goes_further(learnt):
     assert loss_of(learnt, "vae", module, crops) < 0.8 * untrained
 
 
+def test_the_decoder_alone_goes_further_and_latents_stay(learnt):
+    done = train.Run(learnt, LEARNING, HERE, False)
+    before, after = train.Run(learnt, LEARNING.without("vae_decoder"), HERE, False).autoencoder(), done.autoencoder()
+    latents, pictures, weight = decoder_batches(0, before, HERE)(range(90_000, 90_024))
+    with torch.no_grad():
+        losses = [DecoderLoss(vae)(latents, pictures, weight).item() for vae in (before, after)]
+        assert torch.equal(before.encode(pictures).mean, after.encode(pictures).mean)
+    assert losses[1] < 0.95 * losses[0]
+    shipped = KolorsPipeline.from_pretrained(learnt / "model", dtype=torch.float32).vae
+    assert torch.equal(shipped.decoder.conv_in.weight, after.decoder.conv_in.weight.half().float())
+
+
 def test_quality_tuning_goes_further_on_clean_pictures(learnt):
     done = train.Run(learnt, LEARNING, HERE, False)
     encoder = done.language_model().encoder
@@ -240,6 +261,7 @@ def test_a_training_interrupted_everywhere_gives_the_same_files(short, tmp_path)
         (loop, "clip_grad_norm_", 4 + 3),  # step 3 of vae
         (loop, "clip_grad_norm_", 2 + 1),  # step 1 of vae-whole
         (train, "measured_scale", 0),
+        (loop, "clip_grad_norm_", 1),  # step 1 of vae-decoder
         (denoiser, "write_tensors", 2),  # the third file of latents
         (loop, "clip_grad_norm_", 4),  # step 4 of unet
         (loop, "clip_grad_norm_", 1 + 1),  # step 1 of unet-tuning, which has no checkpoint yet
