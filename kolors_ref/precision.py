@@ -9,8 +9,7 @@ BFLOAT16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "bf16")
 def fast_dtype(device: torch.device) -> torch.dtype:
     """bfloat16 where the device has instructions for it, else float32.
 
-    A CPU without them takes torch's plain loops for both half precisions, up to 200 times slower than float32 (PyTorch
-    issue 146508).
+    A CPU without them takes torch's plain loops for both half precisions, up to 200 times slower than float32.
     """
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
