@@ -21,8 +21,6 @@ KL_WEIGHT = 1e-4
 """Of the divergence from a standard normal, the mean over latents, beside the mean error of pixels in [-1, 1]."""
 CROP = 48
 """Pixels along one side of a crop: around a thing, since most of a picture is background and soon learnt."""
-
-
 NESTED = 0.5
 """The share of pictures with a thing inside another that the decoder learns alone from."""
 NEAR, MARGIN = 12.0, 5.0

@@ -150,7 +150,7 @@ class Recipe:
 
     def with_unet_steps(self, steps: int) -> "Recipe":
         """The same recipe with another number of steps of concept learning; what follows changes in proportion."""
-        later = ("unet_tuning", "unet_reward", "unet_reward_again")
+        later = STAGES[STAGES.index("unet") + 1 :]
         scaled = {field: getattr(self, field).scaled(steps / self.unet.steps) for field in later}
         return replace(self, unet=replace(self.unet, steps=steps), **scaled)
 
