@@ -20,6 +20,7 @@ MODEL_HELP = "a checkpoint's folder, or the id of a hub repository (default: the
 GUIDANCE_HELP = "1 is no guidance (default: the checkpoint's, or 6.5)"
 UNET_STEPS_HELP = f"of the UNet (default: {Recipe().unet.steps}), what follows in proportion"
 OFFLOAD_HELP = "keep networks in the file: on the device one at a time, or block by block (default: where a CPU must)"
+LIMIT_HELP = "prompts of a category, or choices about a fact, in each language (default: %(default)s)"
 DECODING_HELP = "tiled needs less memory above 1024 pixels, and is approximate (default: %(default)s)"
 UNRECORDED = ("command", "output", "repeat", "help")
 """Arguments that do not change the picture, and are not read from one."""
@@ -154,19 +155,23 @@ def add_train(commands: "argparse._SubParsersAction[Parser]") -> None:
 
 def add_evaluate(commands: "argparse._SubParsersAction[Parser]") -> None:
     """Adds the command `evaluate`."""
-    about = "Draw the prompts of MiniPrompts, judge the pictures, and print the scores."
+    about = (
+        "Draw the prompts of MiniPrompts, judge the pictures, and print the scores. With --captions nothing is drawn: "
+        "the UNet is offered pairs of captions, and counted is how often it takes the one that is true of a picture."
+    )
     add = commands.add_parser("evaluate", help="score a model", description=about).add_argument
     add("--model", default="mini", metavar="DIR", help=MODEL_HELP)
+    add("--captions", action="store_true", help="have it choose between captions instead of drawing")
     add("--steps", type=int, default=25, help="denoising steps (default: %(default)s)")
     add("--guidance-scale", type=float, help=GUIDANCE_HELP)
     add("--sampler", metavar="NAME", help="such as euler or dpmpp-2m-karras (default: the checkpoint's)")
-    add("--seed", type=seed_number, default=0, metavar="N", help="of the noise (default: %(default)s)")
+    add("--seed", type=seed_number, default=0, metavar="N", help="of the noise of pictures (default: %(default)s)")
     add("--language", choices=("zh", "en"), help="of the prompts (default: both)")
-    add("--limit", type=counting, default=24, metavar="N", help="prompts of a category and language (default: all 24)")
+    add("--limit", type=counting, default=24, metavar="N", help=LIMIT_HELP)
     add("--batch-size", type=counting, default=16, metavar="N", help="pictures drawn together (default: %(default)s)")
     add("--dtype", choices=DTYPES, help="to compute in (default: the checkpoint's, or what the CPU is fast in)")
     add("--device", help="cpu or cuda (default: cuda if there is one)")
-    add("-o", "--output", type=Path, default=Path("evaluation"), metavar="DIR", help="for report.json and sheet.png")
+    add("-o", "--output", type=Path, default=Path("evaluation"), metavar="DIR", help="for tables and pictures")
 
 
 def positive(text: str) -> float:

@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -13,12 +14,15 @@ from tqdm import tqdm
 from ..config import SDXL_SCHEDULE
 from ..picture_file import check_writable
 from ..pipeline import KolorsPipeline
-from .evaluation import Report, evaluate
+from .caption_choice import CaptionReport, choices, choose
+from .evaluation import Report, evaluate, write_report
 from .processes import Processes, processes
 from .prompts import PER_CATEGORY, Prompt, mini_prompts
 from .recipe import Recipe
 from .reuse import reuse_stages
 from .train import train_mini
+
+T = TypeVar("T")
 
 ABLATIONS: dict[str, Callable[[Recipe], Recipe]] = {
     "bag-of-words": lambda recipe: replace(recipe, bag_of_words=True),
@@ -52,22 +56,41 @@ def run_training(options: argparse.Namespace) -> None:
 
 
 def run_evaluation(options: argparse.Namespace) -> None:
-    """Draws every prompt of MiniPrompts, judges the pictures, prints the table and writes it with the pictures."""
-    prompts = [prompt for prompt in mini_prompts(options.language) if chosen(prompt, options.limit)]
+    """Measures a model by what it draws of MiniPrompts, or by the captions it chooses; prints and writes the scores."""
     with processes(options.device) as here:
         if here.first:
             check_folder(options.output)
         dtype = None if options.dtype is None else getattr(torch, options.dtype)
         pipe = KolorsPipeline.from_pretrained(options.model, dtype, here.device)
-        mine = prompts[here.rank :: here.count]
-        with tqdm(total=len(mine), unit="picture", disable=None if here.first else True) as bar:
-            report = evaluate(drawing(pipe, options, bar), mine, options.batch_size)
-        report = gathered(report, here)
+        report = (chosen_captions if options.captions else judged_pictures)(pipe, options, here)
     if here.first:
         print(report.table())
         options.output.mkdir(exist_ok=True)
-        report.write_json(options.output / "report.json")
-        report.write_contact_sheet(options.output / "sheet.png")
+        if options.captions:
+            write_report(options.output / "captions.json", report.as_dict())
+        else:
+            write_report(options.output / "report.json", report.as_dict())
+            report.write_contact_sheet(options.output / "sheet.png")
+
+
+def judged_pictures(pipe: KolorsPipeline, options: argparse.Namespace, here: Processes) -> Report:
+    """Draws every prompt of MiniPrompts and judges the pictures; the whole report is the first process's."""
+    prompts = [prompt for prompt in mini_prompts(options.language) if is_chosen(prompt, options.limit)]
+    mine = prompts[here.rank :: here.count]
+    with tqdm(total=len(mine), unit="picture", disable=None if here.first else True) as bar:
+        report = evaluate(drawing(pipe, options, bar), mine, options.batch_size)
+    return Report(gathered(report.results, lambda result: result.prompt.number, here))
+
+
+def chosen_captions(pipe: KolorsPipeline, options: argparse.Namespace, here: Processes) -> CaptionReport:
+    """Has the UNet choose between captions; the whole report is the first process's."""
+    offered = [choice for choice in choices(options.limit) if options.language in (None, choice.language)]
+    mine, results = offered[here.rank :: here.count], []
+    with tqdm(total=len(mine), unit="choice", disable=None if here.first else True) as bar:
+        for start in range(0, len(mine), options.batch_size):
+            results += choose(pipe, mine[start : start + options.batch_size])
+            bar.update(len(results) - bar.n)
+    return CaptionReport(gathered(results, lambda result: result.choice.number, here))
 
 
 def check_folder(folder: Path) -> None:
@@ -88,7 +111,7 @@ def check_folder(folder: Path) -> None:
             folder.rmdir()
 
 
-def chosen(prompt: Prompt, limit: int) -> bool:
+def is_chosen(prompt: Prompt, limit: int) -> bool:
     """Whether a prompt is among the first `limit` of its category and language."""
     return prompt.number // 2 % PER_CATEGORY < limit
 
@@ -113,12 +136,12 @@ def drawing(
     return draw
 
 
-def gathered(report: Report, here: Processes) -> Report:
-    """The results of all processes, in the order of the benchmark, in the first process; its own in any other."""
+def gathered(results: Sequence[T], number: Callable[[T], int], here: Processes) -> tuple[T, ...]:
+    """The results of all processes, in the order of their numbers, in the first process; its own in any other."""
     if here.count == 1:
-        return report
-    reports: list[Report | None] | None = [None] * here.count if here.first else None
-    dist.gather_object(report, reports)
-    if reports is None:
-        return report
-    return Report(tuple(sorted((r for part in reports for r in part.results), key=lambda r: r.prompt.number)))
+        return tuple(results)
+    parts: list[Sequence[T] | None] | None = [None] * here.count if here.first else None
+    dist.gather_object(results, parts)
+    if parts is None:
+        return tuple(results)
+    return tuple(sorted((result for part in parts for result in part), key=number))

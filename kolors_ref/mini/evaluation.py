@@ -87,11 +87,6 @@ class Report:
         ]
         return {"scores": scores, "results": results}
 
-    def write_json(self, path: Path) -> None:
-        """Writes scores and single results as JSON: beside the final name first."""
-        partial(path).write_text(json.dumps(self.as_dict(), ensure_ascii=False, indent=1) + "\n", encoding="utf8")
-        os.replace(partial(path), path)
-
     def contact_sheet(self) -> Image.Image:
         """All pictures, a row for each category and language, framed in green where the claim holds, else in red."""
         rows = [(category, language) for category in self.categories for language in self.languages]
@@ -112,6 +107,12 @@ class Report:
         """Writes the contact sheet as PNG: beside the final name first."""
         self.contact_sheet().save(partial(path), format="PNG")
         os.replace(partial(path), path)
+
+
+def write_report(path: Path, report: dict[str, Any]) -> None:
+    """Writes a report as JSON that people can read: beside the final name first."""
+    partial(path).write_text(json.dumps(report, ensure_ascii=False, indent=1) + "\n", encoding="utf8")
+    os.replace(partial(path), path)
 
 
 def evaluate(

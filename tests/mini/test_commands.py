@@ -1,6 +1,8 @@
 """`kolors-ref train mini` and `kolors-ref evaluate`: what they accept, refuse and write."""
 
 import json
+import subprocess
+import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -149,6 +151,26 @@ def test_evaluation_prints_and_writes(capsys, small_checkpoint, tmp_path):
     report = json.loads((tmp_path / "scores" / "report.json").read_text(encoding="utf8"))
     assert len(report["results"]) == 10
     assert Image.open(tmp_path / "scores" / "sheet.png").size[1] == 104 * 10
+
+
+def test_captions_are_chosen_alike_by_one_process_and_by_two(capsys, small_checkpoint, tmp_path):
+    arguments = ("evaluate", "--captions", "--model", small_checkpoint, "--limit", "1", "-o")
+    status, out, _ = run(capsys, *arguments, tmp_path / "one")
+    assert status == 0
+    assert out.splitlines()[0].split() == ["fact", "short", "dense", "zh", "en", "all"]
+    torchrun = (
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        "-m",
+        "kolors_ref.cli",
+    )
+    subprocess.run([*torchrun, *arguments, tmp_path / "two"], check=True, capture_output=True)
+    reports = [(tmp_path / name / "captions.json").read_text(encoding="utf8") for name in ("one", "two")]
+    assert reports[0] == reports[1]
+    assert len(json.loads(reports[0])["results"]) == 38
 
 
 @pytest.mark.parametrize(

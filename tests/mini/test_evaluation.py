@@ -10,7 +10,7 @@ from PIL import Image
 
 from kolors_ref.mini.claims import holds
 from kolors_ref.mini.drawing import render
-from kolors_ref.mini.evaluation import evaluate
+from kolors_ref.mini.evaluation import evaluate, write_report
 from kolors_ref.mini.prompts import CATEGORIES, PER_CATEGORY, mini_prompts
 from kolors_ref.mini.world import HELD_OUT_COLOURS, HELD_OUT_TEXTURES
 
@@ -110,7 +110,7 @@ def test_no_prompts_are_refused():
 
 
 def test_json_and_contact_sheet(report, tmp_path):
-    report.write_json(tmp_path / "report.json")
+    write_report(tmp_path / "report.json", report.as_dict())
     report.write_contact_sheet(tmp_path / "sheet.png")
     written = json.loads((tmp_path / "report.json").read_text(encoding="utf8"))
     assert written["scores"]["relation"] == {"zh": 1.0, "en": 1.0, "all": 1.0}
