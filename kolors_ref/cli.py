@@ -148,7 +148,7 @@ def add_train(commands: "argparse._SubParsersAction[Parser]") -> None:
     add("--unet-steps", type=counting, metavar="N", help=UNET_STEPS_HELP)
     add("--seed", type=seed_number, default=0, metavar="N", help="of weights, data and noise (default: %(default)s)")
     add("--ablate", action="append", choices=ABLATIONS, help="leave out what it is to show the worth of; repeatable")
-    add("--reuse", type=Path, metavar="DIR", help="take the stages that are the same from the folder of another run")
+    add("--reuse", type=Path, metavar="DIR", help="take the stages that are the same from another run, or from mini")
     add("--previous", action="store_true", help="go on from the last checkpoint but one")
     add("--device", help="cpu or cuda (default: cuda if there is one)")
 

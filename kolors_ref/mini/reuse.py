@@ -2,12 +2,17 @@
 
 import shutil
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
-from weights_conversion.files import read_json
+from torch import Tensor
 
+from weights_conversion import open_checkpoint
+from weights_conversion.files import read_json, write_json
+
+from ..loading import EMBEDDED, WEIGHTS
 from .recipe import Recipe
 from .train import check_recipe
-from .training_state import written
+from .training_state import write_tensors, written
 
 TOKENIZER = ("seed", "tokenizer_captions")
 AUTOENCODER = ("seed", "vae", "vae_whole")
@@ -30,9 +35,22 @@ DECIDED_BY = {
 def reuse_stages(folder: Path, other: Path, recipe: Recipe) -> list[str]:
     """Copies to a run's folder the files that another run has and that would come out the same.
 
-    Returns the names of the files copied; those that are there already are left alone.
-    Raises FileNotFoundError if the other folder holds no run, and ValueError if ours holds one of another recipe.
+    Args:
+        folder: of our run.
+        other: of the other; "mini" stands for the embedded miniature, which has all but its UNet to give.
+        recipe: of our run.
+
+    Returns:
+        The names of the files copied; those that are there already are left alone.
+
+    Raises:
+        FileNotFoundError: the other folder holds no run.
+        ValueError: our folder holds a run of another recipe.
     """
+    if str(other) == EMBEDDED:
+        with TemporaryDirectory() as run:
+            lay_out_embedded(Path(run))
+            return reuse_stages(folder, Path(run), recipe)
     if not (other / "recipe.json").is_file():
         raise FileNotFoundError(f"{other} holds no training run to take stages from: it has no recipe.json")
     check_recipe(folder, recipe)
@@ -48,3 +66,27 @@ def reuse_stages(folder: Path, other: Path, recipe: Recipe) -> list[str]:
                         shutil.copyfile(path, beside)
                     copied.append(path.name)
     return copied
+
+
+def lay_out_embedded(folder: Path) -> None:
+    """Writes the embedded miniature's tokenizer, language model and autoencoder as a run of the recipe has them."""
+    networks = open_checkpoint(WEIGHTS).networks
+    language_model, vae = (networks[name].tensors for name in ("text_encoder", "vae"))
+    heads = ("final_norm.", "lm_head.")
+    glm = {name if name.startswith(heads) else f"encoder.{name}": tensor for name, tensor in language_model.items()}
+    stages = {
+        "glm": {name: tensor for name, tensor in glm.items() if name != "encoder.rope.inv_freq"},
+        "vae": (autoencoder := {f"vae.{name}": tensor for name, tensor in vae.items()}),
+        "vae-whole": autoencoder,
+        "vae-decoder": {name: vae[name] for name in vae if name.startswith(("post_quant_conv.", "decoder."))},
+    }
+    for name, tensors in stages.items():
+        write_tensors(folder / f"{name}.safetensors", in_float32(tensors))
+    shutil.copyfile(WEIGHTS / "tokenizer.model", folder / "tokenizer.model")
+    write_json(folder / "vae-scale.json", {"scaling_factor": networks["vae"].config["scaling_factor"]})
+    write_json(folder / "recipe.json", Recipe().record())
+
+
+def in_float32(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors by name, cast from what a checkpoint has them in to what is trained in."""
+    return {name: tensor.float() for name, tensor in tensors.items()}

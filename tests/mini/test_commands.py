@@ -7,12 +7,15 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
-from kolors_ref import cli
+from kolors_ref import KolorsPipeline, cli
 from kolors_ref.mini import commands
+from kolors_ref.mini.processes import Processes
 from kolors_ref.mini.recipe import Recipe
 from kolors_ref.mini.reuse import reuse_stages
+from kolors_ref.mini.train import Run
 
 UNFINISHED = "unet-00000200.safetensors"
 LATENTS = ("latents-0000000.safetensors", "latents-0002048.safetensors", "latents-clean-0000000.safetensors")
@@ -100,6 +103,25 @@ def test_nothing_is_taken_over_into_a_run_of_another_recipe(tmp_path):
     with pytest.raises(ValueError, match="ours holds a run of another recipe"):
         reuse_stages(folder, other, replace(Recipe(), seed=1))
     assert [path.name for path in folder.iterdir()] == ["recipe.json"]
+
+
+def test_the_embedded_miniature_gives_all_but_its_unet(tmp_path):
+    taken = reuse_stages(tmp_path, Path("mini"), replace(Recipe(), dense_share=0.0))
+    stages = ("glm", "vae", "vae-whole", "vae-decoder")
+    assert set(taken) == {"tokenizer.model", "vae-scale.json", *(f"{stage}.safetensors" for stage in stages)}
+    run = Run(tmp_path, replace(Recipe(), dense_share=0.0), Processes(0, 1, torch.device("cpu")), False)
+    embedded = KolorsPipeline.from_pretrained("mini", torch.float32)
+    assert run.tokenizer().encode("一个红色的圆形") == embedded.tokenizer.encode("一个红色的圆形")
+    vae = run.autoencoder()
+    assert vae.config == embedded.vae.config
+    for ours, theirs in ((run.language_model().encoder, embedded.text_encoder), (vae, embedded.vae)):
+        weights, expected = ours.state_dict(), theirs.state_dict()
+        assert weights.keys() == expected.keys()
+        assert all(torch.equal(weights[name], expected[name]) for name in expected)
+
+
+def test_the_embedded_miniature_gives_nothing_to_another_seed(tmp_path):
+    assert reuse_stages(tmp_path, Path("mini"), replace(Recipe(), seed=1)) == []
 
 
 @pytest.mark.parametrize(
