@@ -20,6 +20,15 @@ def small_vae(seed=0):
     return randomised(VAE(VAEConfig(channels=(8, 8, 16, 16), layers_per_block=1, norm_groups=4)), seed)
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("part", ["encoder", "decoder"])
+def test_the_middle_keeps_the_layout(part, layout):
+    """In fp32 on a CPU that is the ordinary one, where group norm loses no digits."""
+    middle = getattr(small_vae(), part).mid
+    x = torch.randn(1, 16, 6, 10, generator=torch.Generator().manual_seed(0)).contiguous(memory_format=layout)
+    assert middle(x).is_contiguous(memory_format=layout)
+
+
 def overflowing(vae, part):
     """The autoencoder with residuals beyond fp16's largest number, which the next norm brings back."""
     vae = deepcopy(vae)

@@ -93,7 +93,7 @@ class Attention(nn.Module):
         """Maps x (B, C, h, w) to (B, C, h, w)."""
         y = rearrange(self.norm(x), "b c h w -> b 1 (h w) c")
         y = F.scaled_dot_product_attention(self.q(y), self.k(y), self.v(y))
-        return rearrange(self.out(y), "b 1 (h w) c -> b c h w", h=x.shape[2]).add_(x)
+        return x + rearrange(self.out(y), "b 1 (h w) c -> b c h w", h=x.shape[2])  # in the layout of x
 
 
 class Middle(nn.Module):
