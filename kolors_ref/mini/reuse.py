@@ -4,8 +4,6 @@ import shutil
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from torch import Tensor
-
 from weights_conversion import open_checkpoint
 from weights_conversion.files import read_json, write_json
 
@@ -81,12 +79,7 @@ def lay_out_embedded(folder: Path) -> None:
         "vae-decoder": {name: vae[name] for name in vae if name.startswith(("post_quant_conv.", "decoder."))},
     }
     for name, tensors in stages.items():
-        write_tensors(folder / f"{name}.safetensors", in_float32(tensors))
+        write_tensors(folder / f"{name}.safetensors", {key: tensor.float() for key, tensor in tensors.items()})
     shutil.copyfile(WEIGHTS / "tokenizer.model", folder / "tokenizer.model")
     write_json(folder / "vae-scale.json", {"scaling_factor": networks["vae"].config["scaling_factor"]})
     write_json(folder / "recipe.json", Recipe().record())
-
-
-def in_float32(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors by name, cast from what a checkpoint has them in to what is trained in."""
-    return {name: tensor.float() for name, tensor in tensors.items()}
