@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from test_lora import updates
 
 from kolors_ref import KolorsPipeline, cli, lora
+from kolors_ref.loading import FORMATS, check_numbers
 from kolors_ref.sampling import DPMSolverPP, Euler
 from weights_conversion import convert
 
@@ -382,6 +383,23 @@ def test_broken_checkpoints(checkpoint_copy, tmp_path, monkeypatch, capsys, how)
     assert re.fullmatch(r"kolors-ref: error: [^\n]+\n", err)
     assert mentions in err
     assert os.listdir(here) == []
+
+
+@pytest.mark.parametrize("dtype", FORMATS, ids=str)
+def test_damaged_numbers(dtype):
+    """Wherever NaN or infinity stands it is found; numbers as large as the format holds are no damage."""
+    largest = torch.full((3, 700), torch.finfo(dtype).max, dtype=dtype)
+    assert not largest.sum().isfinite()
+    for intact in (largest, -largest, torch.ones(3, 700, dtype=dtype), torch.ones(0, dtype=dtype)):
+        check_numbers(intact, "it")
+    for start in (largest, torch.ones(3, 700, dtype=dtype)):
+        for where in (0, 1000, -1):
+            for values in ((math.nan,), (math.inf,), (-math.inf,), (math.inf, -math.inf)):
+                damaged = start.clone()
+                for offset, value in enumerate(values):
+                    damaged.view(-1)[where - offset] = value
+                with pytest.raises(ValueError, match="it holds NaN or infinity in the file"):
+                    check_numbers(damaged, "it")
 
 
 def small_vocabulary(folder):
