@@ -48,11 +48,10 @@ class ResBlock(nn.Module):
 
 
 class Upsample(nn.Conv2d):
-    """Copies each pixel to 2 x 2 and convolves the result, in about 4/9 of the arithmetic that these words suggest.
+    """Copies each pixel to 2 x 2 and convolves the result, in 4/9 of the arithmetic that these words suggest.
 
-    A window of 3 x 3 there holds only 2 x 2 different pixels. Taps that meet copies of one pixel are added up first, in
-    another way for each of a pixel's four copies; then four convolutions of the small feature map, with 2 x 2 taps,
-    give the four interleaved parts of the large one (sub-pixel convolution, Shi et al. 2016).
+    Both are linear, and together they are a transposed convolution of stride 2. Where a window of 3 x 3 holds several
+    copies of a pixel, their taps are added up beforehand.
     """
 
     def __init__(self, channels: int) -> None:
@@ -60,22 +59,17 @@ class Upsample(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps x (B, C, h, w) to (B, C, 2h, 2w)."""
+        taps = self.weight.permute(1, 2, 3, 0)  # so that the stacked ones are channels-last
+        taps = spread(spread(taps, dim=1), dim=2).permute(0, 3, 1, 2)
+        y = F.conv_transpose2d(x, taps, self.bias, stride=2, padding=1)
         layout = torch.channels_last if x.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
-        shape = (*x.shape[:2], 2 * x.shape[2], 2 * x.shape[3])
-        y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
-        for bottom in (0, 1):
-            rows = merge(self.weight.permute(0, 2, 3, 1), bottom, dim=1)
-            for right in (0, 1):
-                weight = merge(rows, right, dim=2).permute(0, 3, 1, 2)
-                pairs = F.conv2d(x, weight, self.bias, padding=1)  # of pixels: (B, C, h + 1, w + 1)
-                y[..., bottom::2, right::2] = pairs[..., bottom : bottom + x.shape[2], right : right + x.shape[3]]
-        return y
+        return y.contiguous(memory_format=layout)
 
 
-def merge(taps: Tensor, second: int, dim: int) -> Tensor:
-    """Adds up the two of three taps that meet copies of one pixel, seen from its first copy or its second."""
+def spread(taps: Tensor, dim: int) -> Tensor:
+    """Makes of three taps, of a window, the four with which a pixel counts in what is around its two copies."""
     before, here, after = taps.unbind(dim)
-    return torch.stack([before + here, after] if second else [before, here + after], dim)
+    return torch.stack([after, here + after, before + here, before], dim)
 
 
 class Attention(nn.Module):

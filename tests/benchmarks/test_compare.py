@@ -191,10 +191,10 @@ def test_arithmetic_of_a_picture_is_15_percent_less_than_the_oracles():
     )
     assert ours["step"]["attention"] == attention(keys=32)
     assert theirs["step"]["attention"] == attention(keys=256)
-    # Upsampling and convolution in one: 4 of 9 taps, and a row and a column more; (side, channels) before upsampling.
-    enlarged = lambda *levels: sum(2 * 4 * (9 * a**2 - 4 * (a + 1) ** 2) * channels**2 for a, channels in levels)
+    # Upsampling and convolution in one: 4 of 9 taps, in the UNet with a row and a column more; (side, channels) before.
+    less = lambda side, channels, more=0: 2 * 4 * (9 * side**2 - 4 * (side + more) ** 2) * channels**2
     saved = theirs["step"]["convolution"] - ours["step"]["convolution"]
-    assert saved == 2 * enlarged((16, 1280), (32, 640))
+    assert saved == 2 * (less(16, 1280, more=1) + less(32, 640, more=1))
     width, heads, hidden = 4096, 2 * 128, 13696
     layer = 2 * width * (width + 2 * heads) + 2 * width * width + 2 * 3 * width * hidden
     assert theirs["text"] == {
@@ -203,7 +203,7 @@ def test_arithmetic_of_a_picture_is_15_percent_less_than_the_oracles():
         "attention": 2 * 28 * 4 * 256**2 * width,
     }
     saved = theirs["decode"]["convolution"] - ours["decode"]["convolution"]
-    assert saved == enlarged((64, 512), (128, 512), (256, 256))
+    assert saved == less(64, 512) + less(128, 512) + less(256, 256)
     assert ours["decode"]["linear"] == theirs["decode"]["linear"]
     assert ours["decode"]["attention"] == 4 * (64 * 64) ** 2 * 512
     # What ours computes once a picture: keys and values, the text's projection, sizes; and one timestep for two rows.
