@@ -1,6 +1,7 @@
 """The command line: `kolors-ref generate PROMPT` or just `kolors-ref PROMPT`, and the commands of the miniature."""
 
 import argparse
+import os
 import secrets
 import sys
 from collections.abc import Sequence
@@ -38,6 +39,7 @@ class Parser(argparse.ArgumentParser):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; gives the exit status: 0, 2 for a mistake of the user's, 130 for an interruption."""
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch's switch for huge pages, read when it is loaded
     try:
         options = parse(list(sys.argv[1:] if arguments is None else arguments))
         if options.command == "generate":

@@ -22,6 +22,19 @@ from kolors_ref.picture_file import read_parameters
 SMALL = ["--height", "64", "--width", "64", "--steps", "1"]
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+FAULTS = """
+import resource
+from kolors_ref import cli
+cli.main(["evaluate", "--model", "nowhere"])
+import torch
+faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+torch.ones(1)
+before, tensor = faults(), torch.zeros(1 << 25)
+tensor.fill_(1)
+print(faults() - before)
+"""
+"""Counts the page faults of 128 MB of a tensor."""
 
 
 @pytest.fixture
@@ -526,3 +539,17 @@ def test_progress_and_ctrl_c(small_checkpoint, tmp_path):
     assert shown.endswith(b"kolors-ref: interrupted\r\n")
     assert b"Traceback" not in shown
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.skipif(
+    not HUGE_PAGES.is_file() or "[madvise]" not in HUGE_PAGES.read_text(),
+    reason="this system does not leave huge pages to programs",
+)
+def test_large_tensors_are_in_huge_pages_unless_the_user_chose(tmp_path):
+    def faults(**chosen):
+        environment = {name: value for name, value in ENVIRONMENT.items() if name != "THP_MEM_ALLOC_ENABLE"} | chosen
+        command = [sys.executable, "-c", FAULTS]
+        run = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, check=True)
+        return int(run.stdout)
+
+    assert faults() < faults(THP_MEM_ALLOC_ENABLE="0") / 2
