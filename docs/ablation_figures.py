@@ -4,7 +4,8 @@
     python docs/ablation_figures.py "the recipe=runs/all" "bag of words=runs/bag-of-words" ... --output docs/images
 
 Each run's folder holds what `kolors-ref train mini --folder RUN` wrote, and in RUN/evaluation what
-`kolors-ref evaluate --model RUN/model --output RUN/evaluation` did. The table of scores is printed as Markdown.
+`kolors-ref evaluate --model RUN/model --output RUN/evaluation` did, without and with `--captions`. The tables of scores
+are printed as Markdown.
 """
 
 import argparse
@@ -43,7 +44,7 @@ def draw_sheet(runs: dict[str, Path]) -> Image.Image:
     block, head = COLUMNS * CELL, 24
     sheet = Image.new("RGB", (MARGIN + block * len(runs) + 16 * (len(runs) - 1), head + sheets[0].height), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default()
-    first = scores(next(iter(runs.values())))
+    first = scores(next(iter(runs.values())), "report.json")
     rows = [f"{category}, {language}" for category in first for language in first[category] if language != "all"]
     for i, row in enumerate(rows[: sheets[0].height // CELL]):
         draw.text((8, head + i * CELL + CELL // 2 - 6), row, "black", font)
@@ -54,14 +55,14 @@ def draw_sheet(runs: dict[str, Path]) -> Image.Image:
     return sheet.resize((sheet.width * 6 // 10, sheet.height * 6 // 10), Image.LANCZOS)
 
 
-def scores(folder: Path) -> dict[str, dict[str, float]]:
-    """The scores of a run's evaluation: shares by category, and in it by language and of all."""
-    return json.loads((folder / "evaluation" / "report.json").read_text(encoding="utf8"))["scores"]
+def scores(folder: Path, report: str) -> dict[str, dict[str, float]]:
+    """The scores of a run's evaluation: shares by category or fact, and in it by language and of all."""
+    return json.loads((folder / "evaluation" / report).read_text(encoding="utf8"))["scores"]
 
 
-def table(runs: dict[str, Path]) -> str:
-    """The scores in percent, categories down and runs across, as Markdown."""
-    reports = [scores(folder) for folder in runs.values()]
+def table(runs: dict[str, Path], report: str) -> str:
+    """The scores in percent, categories or facts down and runs across, as Markdown."""
+    reports = [scores(folder, report) for folder in runs.values()]
     lines = ["| | " + " | ".join(runs) + " |", "|---" + "|--:" * len(runs) + "|"]
     lines += [f"| {name} | " + " | ".join(f"{100 * r[name]['all']:.0f}" for r in reports) + " |" for name in reports[0]]
     return "\n".join(lines)
@@ -76,7 +77,7 @@ def main() -> None:
     runs = {name: Path(folder) for name, _, folder in (run.partition("=") for run in options.runs)}
     draw_curves(runs).savefig(options.output / "ablation-curves.png", dpi=110)
     draw_sheet(runs).quantize(128).save(options.output / "ablation-pictures.png", optimize=True)
-    print(table(runs))
+    print(table(runs, "report.json"), table(runs, "captions.json"), sep="\n\n")
 
 
 if __name__ == "__main__":
