@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from weights_conversion import open_checkpoint
 from weights_conversion.checkpoint import Checkpoint, Network
 
+from .allocator import keep_freed_memory
 from .config import GLMConfig, UNetConfig, VAEConfig
 from .models.glm import GLMEncoder
 from .models.unet import TransformerBlock, UNet
@@ -108,6 +109,8 @@ def load_network(
     Raises:
         ValueError: a tensor has the wrong shape or format, or holds NaN or infinity, or the config fits no network.
     """
+    if torch.device(device).type == "cpu":
+        keep_freed_memory()
     module_class, config_class = NETWORKS[network.name]
     config = {name: tuple(value) if isinstance(value, list) else value for name, value in network.config.items()}
     try:
