@@ -3,6 +3,7 @@
 import ctypes
 import os
 import platform
+from functools import cache
 
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
 """What `mallopt` calls its parameters (malloc.h of glibc)."""
@@ -12,6 +13,7 @@ MAPPED = 2**25
 """Bytes from which on a tensor is mapped by itself, unless enough is kept; glibc does not allow more."""
 
 
+@cache  # once a process
 def keep_freed_memory() -> None:
     """Has glibc keep half a gigabyte of what is freed, for the next tensors.
 

@@ -22,7 +22,7 @@ def faults():
 faults()
 print(faults())
 """
-"""Counts the page faults of five times 120 MB in six tensors."""
+"""Counts the page faults of five times 120 MB in six tensors, when that is done again."""
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="this system's C library is not glibc")
