@@ -59,7 +59,7 @@ def train(
     """
     here.check_shares(stage.batch_size, f"examples of a batch of {stage.name}")  # the gradient is a plain mean
     average = average_of(stage, module) if average is None else average
-    optimizers = Optimizers(stage, module)
+    optimizers = Optimizers(stage, module, here)
     settings = json.dumps(asdict(stage))
     state = load_state(folder, stage.name, settings, previous)
     if state is not None:
@@ -68,7 +68,7 @@ def train(
         except RuntimeError as error:
             raise ValueError(f"{folder} holds a {stage.name} of other sizes; train in another folder") from error
     first = 0 if state is None else state.step
-    model = DistributedDataParallel(module) if here.count > 1 else module
+    model = DistributedDataParallel(module, gradient_as_bucket_view=True) if here.count > 1 else module
     curve = Curve(folder / f"{stage.name}.jsonl", first) if here.first else None
     with tqdm(total=stage.steps, initial=first, desc=stage.name, unit="step", disable=not here.first) as bar:
         for step in range(first, stage.steps):
@@ -84,8 +84,9 @@ def train(
             if curve is not None:
                 curve.add(step, loss.item(), bar)
             if (step + 1) % stage.save_every == 0 and step + 1 < stage.steps:
+                state = snapshot(step + 1, settings, module, average, optimizers)
                 if here.first:
-                    save_state(folder, stage.name, snapshot(step + 1, settings, module, average, optimizers))
+                    save_state(folder, stage.name, state)
                 here.wait()
     return average.module
 
@@ -120,7 +121,7 @@ def ema_decay(stage: Stage, count: Tensor) -> Tensor:
 def snapshot(
     step: int, settings: str, module: nn.Module, average: AveragedModel, optimizers: Optimizers
 ) -> TrainingState:
-    """Everything that the next step depends on."""
+    """Everything that the next step depends on; all processes take it together."""
     tensors = {f"module.{name}": tensor for name, tensor in module.state_dict().items()}
     tensors |= {f"average.{name}": tensor for name, tensor in average.state_dict().items()}
     tensors |= {f"optimizer.{name}": tensor for name, tensor in optimizers.state().items()}

@@ -1,8 +1,10 @@
 """The optimizers of a stage: AdamW for all of a module, or Muon for its matrices and AdamW for the rest."""
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
+from .processes import Processes
 from .recipe import Stage
 
 BETAS = (0.9, 0.99)
@@ -13,16 +15,20 @@ class Optimizers:
     """AdamW (Loshchilov and Hutter 2017) and, where the stage has a learning rate for it, Muon (Jordan et al. 2024).
 
     Muon orthogonalises the momentum of a matrix before it steps; a convolution's weight (C', C, 3, 3) counts as the
-    matrix (C', 9 C). The module's `hidden_matrices` are Muon's.
+    matrix (C', 9 C). The module's `hidden_matrices` are Muon's. That takes long, so each process does it for its share
+    of them, and then all tell each other what came out.
     """
 
-    def __init__(self, stage: Stage, module: nn.Module) -> None:
-        self.stage = stage
+    def __init__(self, stage: Stage, module: nn.Module, here: Processes) -> None:
+        self.stage, self.here = stage, here
         self.matrices = module.hidden_matrices() if stage.matrix_rate else []
         taken = set(map(id, self.matrices))
         rest = [parameter for parameter in module.parameters() if id(parameter) not in taken]
         self.parts = [torch.optim.AdamW(rest, betas=BETAS, weight_decay=stage.weight_decay, fused=True)]
-        self.views = [matrix.detach().flatten(1) for matrix in self.matrices]
+        by_size = sorted(range(len(self.matrices)), key=lambda number: -self.matrices[number].numel())
+        self.shares = [by_size[rank :: here.count] for rank in range(here.count)]
+        self.mine = self.shares[here.rank]
+        self.views = [self.matrices[number].detach().flatten(1) for number in self.mine]
         if self.views:
             self.parts.append(
                 torch.optim.Muon(self.views, weight_decay=stage.weight_decay, adjust_lr_fn="match_rms_adamw")
@@ -33,27 +39,49 @@ class Optimizers:
         decay = self.stage.decay_at(number)
         for part, rate in zip(self.parts, (self.stage.learning_rate, self.stage.matrix_rate), strict=False):
             part.param_groups[0]["lr"] = rate * decay
-        for view, matrix in zip(self.views, self.matrices, strict=True):
-            view.grad = matrix.grad.flatten(1)
+        for view, mine in zip(self.views, self.mine, strict=True):
+            view.grad = self.matrices[mine].grad.flatten(1)
+        for matrix in self.matrices:
             matrix.grad = None
         for part in self.parts:
             part.step()
             part.zero_grad()
+        if self.here.count > 1:
+            self.tell_weights()
+
+    @torch.no_grad()
+    def tell_weights(self) -> None:
+        """Gives every process the matrices that another one has changed."""
+        for rank, share in enumerate(self.shares):
+            matrices = [self.matrices[number] for number in share]
+            if matrices:
+                told = torch.cat([matrix.flatten() for matrix in matrices])
+                dist.broadcast(told, rank)
+                for matrix, values in zip(matrices, told.split([matrix.numel() for matrix in matrices]), strict=True):
+                    matrix.copy_(values.view_as(matrix))
 
     def state(self) -> dict[str, Tensor]:
-        """The moments, as tensors by name."""
-        return {
-            f"{i}.{number}.{name}": tensor
+        """The moments, as tensors by name. All processes have to ask together, and each gets those of all."""
+        moments = {
+            f"{i}.{self.mine[number] if i else number}.{name}": tensor
             for i, part in enumerate(self.parts)
-            for number, moments in part.state_dict()["state"].items()
-            for name, tensor in moments.items()
+            for number, named in part.state_dict()["state"].items()
+            for name, tensor in named.items()
         }
+        if self.here.count > 1 and self.matrices:
+            theirs: list[dict[str, Tensor]] = [{} for _ in range(self.here.count)]
+            dist.all_gather_object(theirs, {key: tensor.cpu() for key, tensor in moments.items() if key[0] == "1"})
+            moments |= {key: tensor for shared in theirs for key, tensor in shared.items()}
+        return moments
 
     def load(self, tensors: dict[str, Tensor]) -> None:
         """Puts back what `state` gave."""
         states: list[dict[int, dict[str, Tensor]]] = [{} for _ in self.parts]
         for key, tensor in tensors.items():
             i, number, name = key.split(".")
-            states[int(i)].setdefault(int(number), {})[name] = tensor
+            if i == "0":
+                states[0].setdefault(int(number), {})[name] = tensor
+            elif int(number) in self.mine:
+                states[1].setdefault(self.mine.index(int(number)), {})[name] = tensor
         for part, state in zip(self.parts, states, strict=True):
             part.load_state_dict({"state": state, "param_groups": part.state_dict()["param_groups"]})

@@ -10,6 +10,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from weights_conversion.files import read_json, write_json, write_safetensors
 
+from ..allocator import keep_freed_memory
 from ..config import VAEConfig
 from ..models.glm import GLMEncoder
 from ..models.vae import VAE
@@ -48,6 +49,8 @@ def train_mini(folder: Path, recipe: Recipe, here: Processes, previous: bool = F
         OSError: something cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    if here.device.type == "cpu":
+        keep_freed_memory()
     run = Run(folder, recipe, here, previous)
     run.note_recipe()
     run.tokenizer()

@@ -29,6 +29,7 @@ from kolors_ref.mini.autoencoder import (
     picture_batches,
     whole_pictures,
 )
+from kolors_ref.mini.optimizers import Optimizers
 from kolors_ref.mini.processes import Processes, processes
 from kolors_ref.mini.recipe import Recipe, Stage
 from kolors_ref.mini.training_state import read_tensors, write_tensors
@@ -63,6 +64,7 @@ SHORT = Recipe(
 )
 """Long enough to be interrupted anywhere."""
 SUM = Stage("sum", 8, 4, 1e-2, 1e-3, warmup=2, ema_decay=0.5, save_every=4)
+MATRICES = Stage("matrices", 5, 4, 1e-2, 1e-3, matrix_rate=1e-1, warmup=2)
 
 
 @contextmanager
@@ -94,6 +96,39 @@ def batch(numbers):
     return (torch.stack([torch.randn(5, generator=torch.Generator().manual_seed(number)) for number in numbers]),)
 
 
+class Matrices(nn.Module):
+    """Three matrices for Muon, one of them a convolution's, and a bias for AdamW."""
+
+    def __init__(self):
+        super().__init__()
+        shapes = {"wide": (6, 10), "kernel": (4, 3, 3, 3), "tall": (9, 5), "bias": (7,)}
+        for number, (name, shape) in enumerate(shapes.items()):
+            setattr(self, name, nn.Parameter(normal(shape, number)))
+
+    def hidden_matrices(self):
+        return [self.wide, self.kernel, self.tall]
+
+
+def normal(shape, seed):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def optimized(here):
+    """Weights and moments after five steps down given gradients; after three of them everything is put back."""
+    module = Matrices()
+    optimizers = Optimizers(MATRICES, module, here)
+    for step in range(5):
+        if step == 3:
+            moments = optimizers.state()
+            optimizers = Optimizers(MATRICES, module, here)
+            optimizers.load(moments)
+        for number, parameter in enumerate(module.parameters()):
+            parameter.grad = normal(parameter.shape, 10 * step + number)
+        optimizers.step(step)
+        assert all(parameter.grad is None for parameter in module.parameters())
+    return {**module.state_dict(), **optimizers.state()}
+
+
 def main(folder, kill):
     """Trains in two processes; with `kill`, the first of them ends itself amidst the UNet's stage."""
 
@@ -116,6 +151,7 @@ def main(folder, kill):
         own.mkdir()
         result = loop.train(SUM, Sum(), batch, own, here)
         write_tensors(folder / f"result{here.rank}.safetensors", result.state_dict())
+        write_tensors(folder / f"optimized{here.rank}.safetensors", optimized(here))
 
 
 def run_two(folder, kill):
@@ -353,6 +389,18 @@ def test_two_processes_learn_what_one_does(shared, tmp_path):
     ours, theirs = (read_tensors(folder / "sum-00000004.safetensors")[0] for folder in (shared / "rank0", tmp_path))
     for name, tensor in theirs.items():
         torch.testing.assert_close(ours[name], tensor, rtol=1e-4, atol=1e-6)
+
+
+def test_two_processes_share_muon_out_and_both_have_all_of_it(shared):
+    one, start = optimized(HERE), Matrices().state_dict()
+    assert {"0.0.exp_avg", *(f"1.{number}.momentum_buffer" for number in range(3))} <= one.keys()
+    for rank in range(2):
+        two = read_tensors(shared / f"optimized{rank}.safetensors")[0]
+        assert two.keys() == one.keys()
+        for name, tensor in one.items():
+            torch.testing.assert_close(two[name], tensor, rtol=1e-6, atol=1e-7)
+    for name, tensor in start.items():
+        assert (one[name] - tensor).abs().max() > 1e-2
 
 
 def test_only_the_first_process_writes(shared):
