@@ -27,8 +27,10 @@ class Optimizers:
         self.parts = [torch.optim.AdamW(rest, betas=BETAS, weight_decay=stage.weight_decay, fused=True)]
         by_size = sorted(range(len(self.matrices)), key=lambda number: -self.matrices[number].numel())
         self.shares = [by_size[rank :: here.count] for rank in range(here.count)]
-        self.mine = self.shares[here.rank]
-        self.views = [self.matrices[number].detach().flatten(1) for number in self.mine]
+        mine = self.shares[here.rank]
+        self.numbers = (range(len(rest)), mine)  # of the parameters of either part, the same in every process
+        self.mine = [self.matrices[number] for number in mine]
+        self.views = [matrix.detach().flatten(1) for matrix in self.mine]
         if self.views:
             self.parts.append(
                 torch.optim.Muon(self.views, weight_decay=stage.weight_decay, adjust_lr_fn="match_rms_adamw")
@@ -39,8 +41,8 @@ class Optimizers:
         decay = self.stage.decay_at(number)
         for part, rate in zip(self.parts, (self.stage.learning_rate, self.stage.matrix_rate), strict=False):
             part.param_groups[0]["lr"] = rate * decay
-        for view, mine in zip(self.views, self.mine, strict=True):
-            view.grad = self.matrices[mine].grad.flatten(1)
+        for view, matrix in zip(self.views, self.mine, strict=True):
+            view.grad = matrix.grad.flatten(1)
         for matrix in self.matrices:
             matrix.grad = None
         for part in self.parts:
@@ -63,7 +65,7 @@ class Optimizers:
     def state(self) -> dict[str, Tensor]:
         """The moments, as tensors by name. All processes have to ask together, and each gets those of all."""
         moments = {
-            f"{i}.{self.mine[number] if i else number}.{name}": tensor
+            f"{i}.{self.numbers[i][number]}.{name}": tensor
             for i, part in enumerate(self.parts)
             for number, named in part.state_dict()["state"].items()
             for name, tensor in named.items()
@@ -79,9 +81,8 @@ class Optimizers:
         states: list[dict[int, dict[str, Tensor]]] = [{} for _ in self.parts]
         for key, tensor in tensors.items():
             i, number, name = key.split(".")
-            if i == "0":
-                states[0].setdefault(int(number), {})[name] = tensor
-            elif int(number) in self.mine:
-                states[1].setdefault(self.mine.index(int(number)), {})[name] = tensor
+            numbers = self.numbers[int(i)]
+            if int(number) in numbers:
+                states[int(i)].setdefault(numbers.index(int(number)), {})[name] = tensor
         for part, state in zip(self.parts, states, strict=True):
             part.load_state_dict({"state": state, "param_groups": part.state_dict()["param_groups"]})
