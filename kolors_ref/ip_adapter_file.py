@@ -14,6 +14,7 @@ from weights_conversion.keymaps import ip_adapter as adapter_names
 from .config import CLIPVisionConfig, IPAdapterConfig, UNetConfig
 from .models.clip import CLIPVision
 from .models.ip_adapter import IPAdapter
+from .unfilled import unfilled
 
 HEAD_DIM = 64
 """Channels of one head of the resampler: the one size that no shape tells; 64 in every published adapter."""
@@ -27,7 +28,7 @@ def load_ip_adapter(
 ) -> IPAdapter:
     """Build an IP-Adapter-Plus from its official file, for a UNet of the given sizes; raises as `read_ip_adapter`."""
     config, state = read_ip_adapter(path, unet)
-    with torch.device("meta"):
+    with unfilled():
         model = IPAdapter(config)
     _fill(model, state, Path(path), dtype, device)
     return model
@@ -94,7 +95,7 @@ def load_image_encoder(
         if ours not in clip_names.TABLE.unused:
             state[ours] = tensors[name]
     _check_names(state, clip_names.TABLE.names(asdict(config)) - clip_names.TABLE.unused, weights)
-    with torch.device("meta"):
+    with unfilled():
         model = CLIPVision(config)
     _fill(model, state, weights, dtype, device)
     return model

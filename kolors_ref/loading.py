@@ -23,6 +23,7 @@ from .precision import fast_dtype
 from .sampling import NoiseSchedule, Sampler, read_scheduler_config
 from .sampling.guidance import GUIDANCE_SCALE
 from .tokenizer import Tokenizer
+from .unfilled import unfilled
 
 NETWORKS = {"text_encoder": (GLMEncoder, GLMConfig), "unet": (UNet, UNetConfig), "vae": (VAE, VAEConfig)}
 FORMATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -114,7 +115,7 @@ def load_network(
     module_class, config_class = NETWORKS[network.name]
     config = {name: tuple(value) if isinstance(value, list) else value for name, value in network.config.items()}
     try:
-        with torch.device("meta"):
+        with unfilled():
             module = module_class(config_class(**config))
     except (ValueError, TypeError, RuntimeError) as error:
         reason = str(error).splitlines()[0]

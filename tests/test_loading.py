@@ -182,6 +182,29 @@ for dtype in (torch.float32, torch.bfloat16):
     assert half_growth < half_size + 10
 
 
+def test_the_compiler_is_left_alone(small_checkpoint):
+    """Building, loading and drawing do not import torch's compiler, which takes longer than they do."""
+    code = f"""
+import sys
+from kolors_ref import KolorsPipeline
+from kolors_ref.config import CLIPVisionConfig, IPAdapterConfig
+from kolors_ref.models.clip import CLIPVision
+from kolors_ref.models.ip_adapter import IPAdapter
+from kolors_ref.unfilled import unfilled
+
+with unfilled():
+    networks = CLIPVision(CLIPVisionConfig()), IPAdapter(IPAdapterConfig())
+assert all(parameter.is_meta for network in networks for parameter in network.parameters())
+for offload in ("none", "stream"):
+    pipe = KolorsPipeline.from_pretrained({str(small_checkpoint)!r}, offload=offload)
+    pipe("a red circle", height=32, width=32, num_inference_steps=1)
+print("torch._dynamo" in sys.modules)
+"""
+    environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[1])}
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    assert run.stdout == "False\n"
+
+
 def test_a_unet_file_over_a_base(small_checkpoint, small_pipe, tmp_path):
     """Only the UNet is another one; a whole checkpoint is taken as well as a single file."""
     folder = layout("diffusers", small_checkpoint, tmp_path / "other")

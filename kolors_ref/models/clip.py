@@ -71,8 +71,8 @@ class CLIPVision(nn.Module):
         self.config = config
         num_patches = (config.image_size // config.patch_size) ** 2
         self.patch_embed = nn.Conv2d(3, config.width, config.patch_size, stride=config.patch_size, bias=False)
-        self.class_token = nn.Parameter(torch.randn(config.width) * config.width**-0.5)
-        self.pos_embed = nn.Parameter(torch.randn(1 + num_patches, config.width) * config.width**-0.5)
+        draw = lambda *shape: nn.Parameter(nn.init.normal_(torch.empty(shape), std=config.width**-0.5))
+        self.class_token, self.pos_embed = draw(config.width), draw(1 + num_patches, config.width)
         self.norm_pre = nn.LayerNorm(config.width, eps=config.norm_eps)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
 

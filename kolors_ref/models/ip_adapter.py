@@ -65,7 +65,9 @@ class Resampler(nn.Module):
 
     def __init__(self, config: IPAdapterConfig) -> None:
         super().__init__()
-        self.queries = nn.Parameter(torch.randn(1, config.num_queries, config.width) * config.width**-0.5)
+        self.queries = nn.Parameter(
+            nn.init.normal_(torch.empty(1, config.num_queries, config.width), std=config.width**-0.5)
+        )
         self.proj_in = nn.Linear(config.image_dim, config.width)
         self.layers = nn.ModuleList(ResamplerLayer(config) for _ in range(config.depth))
         self.proj_out = nn.Linear(config.width, config.output_dim)
