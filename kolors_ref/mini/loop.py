@@ -11,12 +11,11 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
-from torch.optim.swa_utils import AveragedModel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from .optimizers import Optimizers
@@ -110,12 +109,13 @@ def check_finite(stage: Stage, step: int, loss: Tensor, norm: Tensor) -> None:
 
 def average_of(stage: Stage, module: nn.Module) -> AveragedModel:
     """A moving average of a module's weights, which begins with those that it has."""
-    return AveragedModel(module, avg_fn=lambda old, new, count: old.lerp(new, 1 - ema_decay(stage, count)))
+    update = lambda old, new, count: get_ema_multi_avg_fn(ema_decay(stage, int(count)))(old, new, count)
+    return AveragedModel(module, multi_avg_fn=update)
 
 
-def ema_decay(stage: Stage, count: Tensor) -> Tensor:
+def ema_decay(stage: Stage, count: int) -> float:
     """The decay of the moving average, smaller at first so that the first weights are forgotten."""
-    return torch.clamp((1 + count) / (10 + count), max=stage.ema_decay)
+    return min((1 + count) / (10 + count), stage.ema_decay)
 
 
 def snapshot(
