@@ -4,6 +4,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from .muon import Muon
 from .processes import Processes
 from .recipe import Stage
 
@@ -12,11 +13,10 @@ BETAS = (0.9, 0.99)
 
 
 class Optimizers:
-    """AdamW (Loshchilov and Hutter 2017) and, where the stage has a learning rate for it, Muon (Jordan et al. 2024).
+    """AdamW (Loshchilov and Hutter 2017) and, where the stage has a learning rate for it, Muon.
 
-    Muon orthogonalises the momentum of a matrix before it steps; a convolution's weight (C', C, 3, 3) counts as the
-    matrix (C', 9 C). The module's `hidden_matrices` are Muon's. That takes long, so each process does it for its share
-    of them, and then all tell each other what came out.
+    The module's `hidden_matrices` are Muon's. Its steps take long, so each process does its share of them, and then all
+    tell each other what came out.
     """
 
     def __init__(self, stage: Stage, module: nn.Module, here: Processes) -> None:
@@ -29,25 +29,19 @@ class Optimizers:
         self.shares = [by_size[rank :: here.count] for rank in range(here.count)]
         mine = self.shares[here.rank]
         self.numbers = (range(len(rest)), mine)  # of the parameters of either part, the same in every process
-        self.mine = [self.matrices[number] for number in mine]
-        self.views = [matrix.detach().flatten(1) for matrix in self.mine]
-        if self.views:
-            self.parts.append(
-                torch.optim.Muon(self.views, weight_decay=stage.weight_decay, adjust_lr_fn="match_rms_adamw")
-            )
+        if mine:
+            self.parts.append(Muon([self.matrices[number] for number in mine], stage.weight_decay))
 
     def step(self, number: int) -> None:
         """Takes step `number` of the stage and drops the gradients."""
         decay = self.stage.decay_at(number)
         for part, rate in zip(self.parts, (self.stage.learning_rate, self.stage.matrix_rate), strict=False):
             part.param_groups[0]["lr"] = rate * decay
-        for view, matrix in zip(self.views, self.mine, strict=True):
-            view.grad = matrix.grad.flatten(1)
-        for matrix in self.matrices:
-            matrix.grad = None
         for part in self.parts:
             part.step()
             part.zero_grad()
+        for matrix in self.matrices:
+            matrix.grad = None
         if self.here.count > 1:
             self.tell_weights()
 
