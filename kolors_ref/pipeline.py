@@ -20,7 +20,7 @@ from .images import Pictures, from_pixels, to_pixels
 from .loading import load_parts
 from .models.glm import GLMEncoder
 from .models.unet import Context, KeyValue, UNet, select
-from .models.vae import VAE
+from .models.vae import VAE, Posterior
 from .request import Request
 from .sampling import NoiseSchedule, Plan, Sampler, get_sampler
 from .sampling.guidance import GUIDANCE_SCALE
@@ -40,6 +40,12 @@ def is_apart(weight: Tensor) -> bool:
     call. Together is faster.
     """
     return weight.dtype in (torch.float32, torch.float64)
+
+
+def mean_and_std(vae: VAE, pixels: Tensor) -> Tensor:
+    """Encodes pictures (B, 3, H, W) to what latents are sampled with, (2, B, 4, H/8, W/8)."""
+    posterior = vae.encode(pixels)
+    return torch.stack((posterior.mean, posterior.std))
 
 
 class KolorsPipeline:
@@ -350,19 +356,19 @@ class KolorsPipeline:
         self, image: Tensor, request: Request, sampler: Sampler, plan: Plan, shape: tuple[int, ...]
     ) -> tuple[Tensor, Plan | None]:
         """Encodes pixels (M, 3, H, W) and noises them to where the strength enters the plan; no plan if nowhere."""
-        if shape[0] % len(image):
-            raise ValueError(f"image holds {len(image)} pictures, which {shape[0]} pictures to make cannot share out")
+        starts = request.starts(len(image))
         # One draw for each picture given, or for each picture made where each has a generator of its own.
         own_generators = isinstance(request.generator, list | tuple) and len(request.generator) > 1
-        rows = shape[0] if own_generators else len(image)
+        rows = starts if own_generators else list(range(len(image)))
         weight = self.vae.quant_conv.weight
         # Where the weights are fp16, the official pipeline encodes in fp32.
         dtype = torch.float32 if weight.dtype == torch.float16 else weight.dtype
-        noise = draw_noise((rows, *shape[1:]), request.generator, weight.device, dtype)
-        sample = lambda vae, pixels: vae.encode(pixels).repeat(rows // len(image)).sample(noise)
-        [latents] = without_overflow(self.vae, [image], sample)
+        noise = draw_noise((len(rows), *shape[1:]), request.generator, weight.device, dtype)
+        mean, std = torch.cat(without_overflow(self.vae, image.split(1), mean_and_std), dim=1)
+        latents = Posterior(mean[rows], std[rows]).sample(noise)
         check_finite(latents, "encoding the picture (the VAE)")
-        latents = latents.to(device=self.device, dtype=self.dtype).repeat(shape[0] // rows, 1, 1, 1)
+        latents = latents if own_generators else latents[starts]
+        latents = latents.to(device=self.device, dtype=self.dtype)
         begin = plan.num_steps - min(int(plan.num_steps * request.strength), plan.num_steps)
         if begin == plan.num_steps:
             return latents, None

@@ -44,8 +44,9 @@ class Request:
         num_images_per_prompt: pictures of the same prompt come one after the other.
         generator: one for all pictures, or a list with one for each.
         latents: unit noise (N, 4, H/8, W/8) to start from instead of drawing it.
-        image: pictures to start from (image-to-image): one for all, or some that the prompts share out. They are
-            resized to height and width, and set the size where these are None.
+        image: pictures to start from (image-to-image): one for all, one for each prompt, or some that the prompts or, if
+            there are more, the pictures to make share out in turn. They are resized to height and width, and set the
+            size where these are None.
         strength: how much of an image is redone, from 0 (nothing) to 1 (from the first noise level of text-to-image).
         ip_adapter_image: reference pictures, for all prompts. With one IP-Adapter loaded a picture or a list of them,
             which it sees all at once; with several a list with an entry for each, in order of loading: a picture, a
@@ -146,6 +147,17 @@ class Request:
     def guided(self) -> bool:
         """Whether there is a negative branch; the guidance scale must be known."""
         return self.guidance_scale > 1
+
+    def starts(self, given: int) -> list[int]:
+        """Gives, for every picture to make, the number of the picture that it starts from, of as many as are given.
+
+        Pictures of the same prompt start from the same one, unless more are given than there are prompts.
+        """
+        if self.num_prompts % given == 0:
+            return [number // self.num_images_per_prompt % given for number in range(self.num_images)]
+        if self.num_images % given == 0:
+            return [number % given for number in range(self.num_images)]
+        raise ValueError(f"image holds {given} pictures, which {self.num_images} pictures to make cannot share out")
 
     def _check_image_prompts(self) -> None:
         if not isinstance(self.ip_adapter_scale, Mapping | list | tuple):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from PIL import Image
 
 from kolors_ref import KolorsPipeline
 
@@ -32,8 +33,9 @@ def draw(pipe, numbers, **options):
         {"negative_prompt": NEGATIVES},
         {"guidance_scale": 1.0},
         {"guidance_interval": (0.3, 0.8), "sampler": "euler-ancestral"},
+        {"image": [Image.effect_noise((80, 64), sigma) for sigma in (20, 90, 60)], "strength": 0.5},
     ],
-    ids=str,
+    ids=lambda options: "-".join(options) or "plain",
 )
 def test_a_picture_is_its_own(pipe, options):
     together = draw(pipe, [0, 1, 2], **options)

@@ -198,10 +198,6 @@ class Posterior:
         """Gives the most probable latents, (B, 4, H/8, W/8)."""
         return self.mean
 
-    def repeat(self, times: int) -> "Posterior":
-        """Repeats the whole batch, for several samples of each picture."""
-        return Posterior(self.mean.repeat(times, 1, 1, 1), self.std.repeat(times, 1, 1, 1))
-
     def sample(self, noise: Tensor) -> Tensor:
         """Gives the latents that unit noise (B, 4, H/8, W/8) selects."""
         return self.mean + self.std * noise

@@ -223,11 +223,12 @@ def test_image_to_image(oracle, ours, sampler, scheduler, settings, strength):
     image_oracle.scheduler = scheduler.from_config(kolors_scheduler().config, **settings)
     for request in (
         {"prompt": "a boat", "image": photograph()},
-        {"prompt": ["a boat", "猫"], "image": [photograph(), photograph().rotate(180)], "num_images_per_prompt": 2},
+        {"prompt": "a boat", "image": photograph(), "num_images_per_prompt": 2},
+        {"prompt": ["a boat", "猫"], "image": [photograph(), photograph().rotate(180)]},
     ):
         arguments = {
             **request,
-            "negative_prompt": ["x"] * len(request["prompt"]) if "num_images_per_prompt" in request else "x",
+            "negative_prompt": ["x", "x"] if isinstance(request["prompt"], list) else "x",
             "strength": strength,
             "num_inference_steps": 20,
             "guidance_scale": 5.0,
@@ -260,6 +261,20 @@ def test_strength_zero_encodes_and_decodes(ours):
 # ---------------------------------------------------------------------------------------------------------------------
 # What diffusers' own pipeline gets wrong
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_several_pictures_of_a_prompt_start_from_its_own(oracle, ours):
+    """Two of each of two prompts are as four prompts spelt out (diffusers deals its two pictures out in turn)."""
+    image_oracle = KolorsImg2ImgPipeline(**oracle.components)
+    image_oracle.set_progress_bar_config(disable=True)
+    image_oracle.scheduler = EulerDiscreteScheduler.from_config(kolors_scheduler().config)
+    prompts, images = ["a boat", "猫"], [photograph(), photograph().rotate(180)]
+    make = lambda: [torch.Generator().manual_seed(seed) for seed in range(4)]
+    common = {"strength": 0.5, "num_inference_steps": 6, "guidance_scale": 5.0, "output_type": "np"}
+    twice = lambda items: [item for item in items for _ in range(2)]
+    theirs = image_oracle(twice(prompts), twice(images), negative_prompt=[""] * 4, generator=make(), **common).images
+    pictures = ours(prompts, image=images, num_images_per_prompt=2, generator=make(), sampler="euler", **common)
+    assert_same_pictures(pictures * 255, theirs * 255)
 
 
 def test_max_sequence_length_counts(oracle, ours):
