@@ -4,9 +4,9 @@ import argparse
 import os
 import secrets
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from .mini.recipe import Recipe
 from .picture_file import check_writable, content_hash, read_parameters, save_picture
@@ -14,8 +14,10 @@ from .picture_file import check_writable, content_hash, read_parameters, save_pi
 if TYPE_CHECKING:
     from .pipeline import KolorsPipeline
 
+Number = TypeVar("Number", int, float)
+
 COMMANDS = ("generate", "train", "evaluate")
-DTYPES = ("float32", "bfloat16", "float16")
+DTYPES = ("float64", "float32", "bfloat16", "float16")
 ABLATIONS = ("bag-of-words", "short-captions", "dense-captions", "sdxl-schedule", "no-tuning", "no-reward")
 MODEL_HELP = "a checkpoint's folder, or the id of a hub repository (default: the embedded miniature)"
 GUIDANCE_HELP = "1 is no guidance (default: the checkpoint's, or 6.5)"
@@ -27,6 +29,8 @@ UNRECORDED = ("command", "output", "repeat", "help")
 """Arguments that do not change the picture, and are not read from one."""
 REPEATABLE = ("ip_adapter", "ip_image", "lora")
 """Arguments that may be given several times."""
+NEEDS = (("ip_image", "ip_adapter"), ("ip_adapter", "ip_image"), ("image_encoder", "ip_adapter"))
+"""Arguments that do nothing without another."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -85,6 +89,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         options = parser.parse_args(["generate", *as_arguments(recorded, generate_parser), *arguments[1:]])
     if not options.prompt:
         parser.error("a prompt is missing; give it in quotes after the command, or a picture with --repeat")
+    for given, lacking in NEEDS:
+        if getattr(options, given) and not getattr(options, lacking):
+            parser.error(f"--{given} does nothing without --{lacking}; give both or neither".replace("_", "-"))
     return options
 
 
@@ -178,7 +185,7 @@ def add_evaluate(commands: "argparse._SubParsersAction[Parser]") -> None:
 
 def positive(text: str) -> float:
     """Reads a number above 0."""
-    value = float(text)
+    value = number(float, text)
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text} is not above 0")
     return value
@@ -186,16 +193,26 @@ def positive(text: str) -> float:
 
 def counting(text: str) -> int:
     """Reads a whole number from 1."""
-    if int(text) < 1:
+    value = number(int, text)
+    if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not at least 1")
-    return int(text)
+    return value
 
 
 def seed_number(text: str) -> int:
     """Reads what a torch.Generator takes for a seed."""
-    if not 0 <= int(text) < 2**63:
+    value = number(int, text)
+    if not 0 <= value < 2**63:
         raise argparse.ArgumentTypeError(f"{text} is not from 0 to 2^63 - 1")
-    return int(text)
+    return value
+
+
+def number(kind: Callable[[str], Number], text: str) -> Number:
+    """Reads an int or a float."""
+    try:
+        return kind(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a {'whole ' * (kind is int)}number") from None
 
 
 def generate(options: argparse.Namespace) -> None:
@@ -214,7 +231,8 @@ def generate(options: argparse.Namespace) -> None:
     from .request import Request
 
     loras = [split_scale(lora) for lora in options.lora or []]
-    inputs = check_inputs(options, [options.image, *(options.ip_image or []), *(options.ip_adapter or [])], loras)
+    files = [options.unet, options.image, *(options.ip_image or []), *(options.ip_adapter or [])]
+    inputs = check_inputs(options, files, loras)
     request = Request(
         prompt=options.prompt,
         negative_prompt=options.negative_prompt,
@@ -288,7 +306,7 @@ def split_scale(lora: str) -> tuple[str, float]:
 def check_inputs(
     options: argparse.Namespace, files: Sequence[str | Path | None], loras: Sequence[tuple[str, float]]
 ) -> dict[str, str]:
-    """Gives the content hash of every input file; raises ValueError if one changed since the picture to repeat."""
+    """Gives the content hash of every file beside the model; ValueError if one changed since the picture to repeat."""
     inputs = {}
     for file in [Path(file) for file in (*files, *(lora for lora, _ in loras)) if file is not None]:
         if file.is_file():

@@ -15,6 +15,7 @@ from weights_conversion.checkpoint import Checkpoint, Network
 
 from .allocator import keep_freed_memory
 from .config import GLMConfig, UNetConfig, VAEConfig
+from .hub import fetch
 from .models.glm import GLMEncoder
 from .models.unet import TransformerBlock, UNet
 from .models.vae import VAE, memory_format
@@ -242,16 +243,4 @@ def find_folder(path: str | Path, variant: str | None) -> Path:
         return WEIGHTS
     if Path(path).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
         return Path(path)
-    try:
-        import huggingface_hub
-    except ImportError:
-        raise FileNotFoundError(
-            f"there is no folder {path}; to fetch a hub repository of that name, install kolors-ref[hub]"
-        ) from None
-    suffix = f"*.{variant}.safetensors" if variant else "*.safetensors"
-    patterns = ["*.json", suffix, "*.bin", "*.model"]
-    try:
-        return Path(huggingface_hub.snapshot_download(str(path), allow_patterns=patterns))
-    except Exception as error:  # the library raises its own and its transport's kinds
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise FileNotFoundError(f"there is no folder {path}, and the hub did not give it: {reason}") from error
+    return fetch(str(path), variant)

@@ -56,7 +56,7 @@ def read_parameters(path: Path) -> dict[str, Any]:
             parameters = json.loads(image.info[KEY])
     except KeyError:
         raise ValueError(f"{path} holds no parameters; only pictures made by kolors-ref can be repeated") from None
-    except (OSError, SyntaxError, ValueError, RecursionError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, ValueError, EOFError, RuntimeError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path} cannot be read as a picture made by kolors-ref") from error
     if not isinstance(parameters, dict):
         raise ValueError(f"{path} holds parameters that are not understood")

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from . import lora
-from .arguments import check_finite, check_latents, check_output_type, check_side
+from .arguments import as_prompts, check_finite, check_latents, check_output_type, check_side
 from .decoding import decode_tiled, without_overflow
 from .denoising import Denoising
 from .image_prompts import Adapter, encode_pictures, image_layers, load_adapter
@@ -136,11 +136,12 @@ class KolorsPipeline:
         return padded_layout(self.tokenizer(prompts, max_sequence_length)).encode(self.text_encoder)
 
     @torch.no_grad()
-    def encode_packed(self, prompts: Sequence[str], max_sequence_length: int = MAX_LENGTH) -> TextEmbeddings:
+    def encode_packed(self, prompts: str | Sequence[str], max_sequence_length: int = MAX_LENGTH) -> TextEmbeddings:
         """Encodes N prompts in one pass, every distinct prompt once and without repeating its pads.
 
         Equal to `encode_prompt` in real arithmetic; see text_layout.py. Where pictures are computed apart, prompts are.
         """
+        prompts = as_prompts("prompts", prompts)
         distinct = list(dict.fromkeys(prompts))
         passes = [[prompt] for prompt in distinct] if is_apart(self.text_encoder.token_embed.weight) else [distinct]
         layouts = [packed_layout(self.tokenizer(texts, max_sequence_length)) for texts in passes]
@@ -292,6 +293,9 @@ class KolorsPipeline:
         check_output_type(output_type)
         if output_type == "latent":
             return latents
+        channels = self.vae.config.latent_channels
+        if latents.ndim != 4 or latents.shape[1] != channels:
+            raise ValueError(f"latents has shape {tuple(latents.shape)}; the VAE decodes (N, {channels}, H/8, W/8)")
         decode = decode_tiled if tiled else VAE.decode
         pixels = torch.cat(without_overflow(self.vae, latents.split(1), decode))
         check_finite(pixels, "decoding (the VAE)")

@@ -44,9 +44,9 @@ class Request:
         num_images_per_prompt: pictures of the same prompt come one after the other.
         generator: one for all pictures, or a list with one for each.
         latents: unit noise (N, 4, H/8, W/8) to start from instead of drawing it.
-        image: pictures to start from (image-to-image): one for all, one for each prompt, or some that the prompts or, if
-            there are more, the pictures to make share out in turn. They are resized to height and width, and set the
-            size where these are None.
+        image: pictures to start from (image-to-image): one for all, one for each prompt, or some that the prompts (or
+            the pictures to make, if there are too many for that) take in turn. They are resized to height and width,
+            and set the size where these are None.
         strength: how much of an image is redone, from 0 (nothing) to 1 (from the first noise level of text-to-image).
         ip_adapter_image: reference pictures, for all prompts. With one IP-Adapter loaded a picture or a list of them,
             which it sees all at once; with several a list with an entry for each, in order of loading: a picture, a

@@ -54,6 +54,12 @@ def test_half_precision_computes_all_pictures_at_once(small_checkpoint):
     assert calls == ["GLMEncoder", *4 * ["UNet"]]
 
 
+def test_one_prompt_may_come_without_a_list(pipe):
+    alone, listed = pipe.encode_packed("a dog"), pipe.encode_packed(["a dog"])
+    assert torch.equal(alone.sequence, listed.sequence)
+    assert torch.equal(alone.pooled, listed.pooled)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_several_pictures_share_what_is_computed_of_their_prompt(small_checkpoint, dtype):
     """Keys and values of two prompts and their negatives: 4 rows for 6 pictures, and these are as of old."""

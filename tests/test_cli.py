@@ -17,6 +17,7 @@ from PIL import Image
 from test_picture_file import png_with
 
 from kolors_ref import KolorsPipeline, cli
+from kolors_ref.loading import FORMATS
 from kolors_ref.picture_file import read_parameters
 
 SMALL = ["--height", "64", "--width", "64", "--steps", "1"]
@@ -217,6 +218,11 @@ def test_repeat_makes_the_same_picture(kolors, options):
         assert Path("kolors-5.png").read_bytes() == path.read_bytes()
 
 
+def test_every_format_of_weights_can_be_repeated():
+    """A picture records the one that it was computed in."""
+    assert set(cli.DTYPES) == {str(dtype).removeprefix("torch.") for dtype in FORMATS}
+
+
 def test_repeat_of_a_picture_started_from_another(kolors):
     Image.effect_noise((64, 64), 60).save("start.png")
     kolors("a cat", "--image", "start.png", "--strength", "0.5", "--steps", "4", "--seed", "5", "-o", "a.png")
@@ -235,10 +241,20 @@ def test_repeat_with_changes(kolors):
 
 def test_repeat_with_another_lora_does_not_add_to_the_recorded_one(tmp_path):
     """Nor with other adapters or reference pictures; the same parser reads all three."""
-    png_with(tmp_path / "a.png", f'{{{RECORD}, "lora": ["x.safetensors:1"], "ip_image": ["b.jpg"]}}')
-    options = cli.parse(["--repeat", str(tmp_path / "a.png"), "--lora", "y.safetensors:0.5", "--lora", "z.safetensors"])
+    png_with(tmp_path / "a.png", f'{{{RECORD}, "lora": ["x.safetensors:1"], "ip_adapter": ["a.bin"]}}')
+    typed = ["--lora", "y.safetensors:0.5", "--lora", "z.safetensors", "--ip-image", "b.jpg"]
+    options = cli.parse(["--repeat", str(tmp_path / "a.png"), *typed])
     assert options.lora == ["y.safetensors:0.5", "z.safetensors"]
-    assert options.ip_image == ["b.jpg"]
+    assert (options.ip_adapter, options.ip_image) == (["a.bin"], ["b.jpg"])
+
+
+def test_repeat_with_another_unet_of_the_same_name(kolors, expect_refused):
+    unet = Path("unet.safetensors")
+    unet.write_bytes(b"weights")
+    kolors("a cat", *SMALL, "--unet", unet, "--seed", "5", "-o", "a.png")
+    assert kolors("--repeat", "a.png", "-o", "b.png", model=None)[0] == 0
+    unet.write_bytes(b"other weights")
+    expect_refused("--repeat", "a.png", "-o", "c.png", mentions="unet.safetensors is no longer the file", model=None)
 
 
 def test_repeat_does_not_overwrite_what_it_repeats(kolors, expect_refused):
@@ -347,7 +363,10 @@ def test_files_that_cannot_be_repeated(expect_refused, tmp_path):
         (["cat", "--strength", "nan"], "strength is nan"),
         (["cat", "--seed", "-1"], "-1 is not from 0"),
         (["cat", "--seed", str(2**63)], "9223372036854775808 is not from 0"),
-        (["cat", "--seed", "x"], "--seed"),
+        (["cat", "--seed", "x"], "--seed: 'x' is not a whole number"),
+        (["cat", "--ip-image", "a.png"], "--ip-image does nothing without --ip-adapter"),
+        (["cat", "--ip-adapter", "a.bin"], "--ip-adapter does nothing without --ip-image"),
+        (["cat", "--image-encoder", "clip"], "--image-encoder does nothing without --ip-adapter"),
         (["cat", "--num-images", "0"], "num_images_per_prompt is 0"),
         (["cat", "--num-images", "1000000000000"], "num_images_per_prompt is 1000000000000"),
         (["cat", "--max-sequence-length", "0"], "max_sequence_length is 0"),

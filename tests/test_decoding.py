@@ -1,5 +1,6 @@
 """The autoencoder at work: what overflows in fp16 is computed again in fp32, and large pictures come tile by tile."""
 
+import re
 from copy import deepcopy
 from itertools import pairwise
 
@@ -106,6 +107,14 @@ def test_what_no_format_helps(small_checkpoint):
     pipe.vae.decoder.norm_out.weight[0] = torch.nan
     with pytest.raises(FloatingPointError, match=r"decoding \(the VAE\) gave NaN or infinity"):
         pipe.decode(latents(1, 4, 4, 4))
+
+
+@pytest.mark.parametrize("shape", [(4, 8, 8), (1, 3, 8, 8), (1, 4, 8, 8, 1)])
+def test_latents_of_another_shape(small_pipe, shape):
+    with pytest.raises(
+        ValueError, match=rf"latents has shape {re.escape(str(shape))}; the VAE decodes \(N, 4, H/8, W/8"
+    ):
+        small_pipe.decode(torch.zeros(shape))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

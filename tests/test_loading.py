@@ -247,15 +247,17 @@ def test_what_no_negative_prompt_stands_for(checkpoint_copy, force_zeros):
 
 
 def test_the_guidance_that_a_checkpoint_asks_for(checkpoint_copy, tmp_path):
-    """Kolors' own if it does not say, as none of diffusers does; ours may, and conversion keeps it."""
+    """Kolors' own if it does not say, as none of diffusers does; ours may, and conversion keeps it both ways."""
     assert KolorsPipeline.from_pretrained(checkpoint_copy).guidance_scale == 6.5
     convert(checkpoint_copy, tmp_path / "ours")
     assert "guidance_scale" not in json.loads((tmp_path / "ours" / "kolors-ref.json").read_text())["pipeline"]
     edit_json(tmp_path / "ours" / "kolors-ref.json", pipeline={"guidance_scale": 2.0})
-    convert(tmp_path / "ours", tmp_path / "again")
-    pipe = KolorsPipeline.from_pretrained(tmp_path / "again")
-    assert torch.equal(draw(pipe), draw(pipe, guidance_scale=2.0))
-    assert not torch.allclose(draw(pipe), draw(pipe, guidance_scale=6.5), atol=1e-3)
+    convert(tmp_path / "ours", tmp_path / "theirs", "diffusers")
+    convert(tmp_path / "theirs", tmp_path / "again")
+    for folder in ("theirs", "again"):
+        pipe = KolorsPipeline.from_pretrained(tmp_path / folder)
+        assert torch.equal(draw(pipe), draw(pipe, guidance_scale=2.0))
+        assert not torch.allclose(draw(pipe), draw(pipe, guidance_scale=6.5), atol=1e-3)
     for wrong in ("2", True, math.inf, -math.inf, math.nan, 10**400, [2]):
         edit_json(tmp_path / "again" / "kolors-ref.json", pipeline={"guidance_scale": wrong})
         with pytest.raises(ValueError, match=r"pipeline: guidance_scale is .*, and a number is needed\.$"):

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -418,6 +419,17 @@ def test_a_pickle(file, tmp_path):
     by_file, by_folder = read_lora(path).networks["unet"], read_lora(tmp_path).networks["unet"]
     assert by_file.keys() == by_folder.keys() == LAYERS.keys()
     save_lora(file, read_lora(path))
+
+
+def test_one_tensor_under_two_names(unet, tmp_path):
+    """As a pickle can have it; a safetensors file holds it twice."""
+    k, v = "mid.attn.0.blocks.0.cross_attn.k", "mid.attn.0.blocks.0.cross_attn.v"
+    ups = updates(unet, {k: 2, v: 2})
+    tied = {k: ups[k], v: replace(ups[v], down=ups[k].down)}
+    save_lora(tmp_path / "a.safetensors", LoRA({"unet": tied}))
+    found = read_lora(tmp_path / "a.safetensors").networks["unet"]
+    assert torch.equal(found[k].down, found[v].down)
+    assert torch.equal(found[k].down, ups[k].down)
 
 
 class Bomb:

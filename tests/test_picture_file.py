@@ -144,6 +144,18 @@ def test_parameters_that_are_no_object(tmp_path, text):
     expect_one_sentence(ValueError, read_parameters, png_with(tmp_path / "a.png", text), mentions="a.png")
 
 
+@pytest.mark.parametrize("error", [RuntimeError("Failed to decode frame 0"), EOFError("no more images")], ids=repr)
+def test_what_readers_of_other_formats_raise(tmp_path, monkeypatch, error):
+    """AVIF's, of a damaged file, and others'."""
+
+    def fail(image):
+        raise error
+
+    PICTURE.save(tmp_path / "a.png")
+    monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", fail)
+    expect_one_sentence(ValueError, read_parameters, tmp_path / "a.png", mentions="a.png cannot be read")
+
+
 def test_damaged_pictures(tmp_path):
     """Wherever a file is cut off or a byte is changed: the parameters as they were, or one sentence."""
     save_picture(PICTURE, tmp_path / "a.png", {"prompt": ["a cat"], "seed": 3})

@@ -21,6 +21,8 @@ from weights_conversion.keymaps import KEYMAPS
 from weights_conversion.keymaps.fields import read
 
 OUR_INDEX = "kolors-ref.json"
+GUIDANCE_ENTRY = "_guidance_scale"
+"""Where model_index.json keeps what diffusers has no place for: it passes over names that begin with a line."""
 PIPELINES = (
     "KolorsPipeline",
     "KolorsImg2ImgPipeline",
@@ -64,7 +66,7 @@ class Network:
 class Checkpoint:
     """An opened checkpoint: networks by component name, the scheduler's config, the tokenizer's file.
 
-    `guidance_scale` is what it asks to be sampled with; None if it does not say, as no checkpoint of diffusers does.
+    `guidance_scale` is what it asks to be sampled with; None if it does not say, as none does that diffusers wrote.
     """
 
     path: Path
@@ -128,9 +130,8 @@ def _open_kolors_ref(path: Path, variant: str | None) -> Checkpoint:
         raise ValueError(f"{where}: scheduler and pipeline must be objects.")
     tokenizer = _first_file(path / "tokenizer.model")
     force_zeros = bool(pipeline.get("force_zeros_for_empty_prompt", False))
-    said = pipeline.get("guidance_scale") is not None
-    scale = read(pipeline, "guidance_scale", float, f"{where}: pipeline") if said else None
-    return Checkpoint(path, "kolors-ref", networks, scheduler, tokenizer, force_zeros, scale)
+    guidance_scale = _read_optional(pipeline, "guidance_scale", f"{where}: pipeline")
+    return Checkpoint(path, "kolors-ref", networks, scheduler, tokenizer, force_zeros, guidance_scale)
 
 
 def _open_diffusers(path: Path, variant: str | None) -> Checkpoint:
@@ -150,7 +151,12 @@ def _open_diffusers(path: Path, variant: str | None) -> Checkpoint:
     tokenizer = _first_file(path / "tokenizer" / "tokenizer.model", path / "text_encoder" / "tokenizer.model")
     layout = "kolors" if tokenizer is not None and tokenizer.parent.name == "text_encoder" else "diffusers"
     force_zeros = bool(index.get("force_zeros_for_empty_prompt", False))
-    return Checkpoint(path, layout, networks, scheduler, tokenizer, force_zeros)
+    guidance_scale = _read_optional(index, GUIDANCE_ENTRY, str(index_path))
+    return Checkpoint(path, layout, networks, scheduler, tokenizer, force_zeros, guidance_scale)
+
+
+def _read_optional(record: dict[str, Any], name: str, where: str) -> float | None:
+    return None if record.get(name) is None else read(record, name, float, where)
 
 
 def _check_index(index: dict[str, Any], where: Path) -> dict[str, str]:

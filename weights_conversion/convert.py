@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from weights_conversion.checkpoint import OUR_INDEX, Checkpoint, Network, open_checkpoint
+from weights_conversion.checkpoint import GUIDANCE_ENTRY, OUR_INDEX, Checkpoint, Network, open_checkpoint
 from weights_conversion.files import Tensors, dtype_in_file, write_json, write_safetensors
 from weights_conversion.keymaps import KEYMAPS
 
@@ -129,6 +129,8 @@ def _write_diffusers(checkpoint: Checkpoint, folder: Path, dtype: torch.dtype | 
         "unet": ["diffusers", "UNet2DConditionModel"],
         "vae": ["diffusers", "AutoencoderKL"],
     }
+    if checkpoint.guidance_scale is not None:
+        index[GUIDANCE_ENTRY] = checkpoint.guidance_scale
     write_json(folder / "model_index.json", index)
     write_json(folder / "scheduler" / "scheduler_config.json", checkpoint.scheduler)
     shutil.copyfile(checkpoint.tokenizer, folder / "tokenizer" / "tokenizer.model")

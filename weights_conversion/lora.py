@@ -199,7 +199,9 @@ def save_lora(path: str | Path, lora: LoRA, naming: str = "peft", force: bool = 
     if path.is_dir() or (path.exists() and not force):
         raise FileExistsError(f"{path} exists already: choose another name or use force.")
     tensors = {
-        names.to_official(Place(network, layer, part), naming): tensor.detach().cpu().contiguous()
+        names.to_official(Place(network, layer, part), naming): tensor.detach()
+        .cpu()
+        .clone(memory_format=torch.contiguous_format)
         for network, updates in lora.networks.items()
         for layer, low_rank in updates.items()
         for part, tensor in _parts(low_rank, naming).items()

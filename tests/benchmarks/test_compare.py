@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from parity.oracle import TOKENIZER
 
 from weights_conversion import open_checkpoint
 
 from . import checkpoint, flops
 from .checkpoint import SIZES, official_configs, official_tensors, random_tensor, write_adapter, write_checkpoint
-from .compare import TOKENIZER, Store, main, weight_bytes, write_whole
+from .compare import Store, main, weight_bytes, write_whole
 from .contestants import adapter_folder
 from .jobs import STEPS, Job, make_jobs
 from .machine import PeakMemory, describe
@@ -29,10 +30,6 @@ from .report import (
 )
 from .worker import measure_stage
 
-needs_tokenizer = pytest.mark.skipif(
-    not TOKENIZER.is_file(), reason="Kolors' tokenizer.model is not at ../shared/tokenizer"
-)
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
@@ -46,7 +43,6 @@ def folder(tmp_path_factory):
 # ---- the tool
 
 
-@needs_tokenizer
 def test_tool_measures_prints_and_goes_on(folder, tmp_path, capsys):
     arguments = ["--folder", str(folder), "--only", "picture", "--contestants", "ours,diffusers", "--rounds", "1"]
     arguments += ["--dtype", "float32", "--sides", "64", "--picture-steps", "2", "-o", str(tmp_path / "table.md")]
@@ -65,7 +61,6 @@ def test_tool_measures_prints_and_goes_on(folder, tmp_path, capsys):
     assert not [path for path in folder.parent.rglob("*") if "partial" in path.name]
 
 
-@needs_tokenizer
 @pytest.mark.parametrize("part", ["text", "image", "unet", "vae"])
 @torch.no_grad()
 def test_contestants_compute_the_same(folder, part):
@@ -101,7 +96,6 @@ def test_wrong_arguments_are_refused_in_one_line(arguments, message, capsys):
     assert message in capsys.readouterr().err.splitlines()[-1]
 
 
-@needs_tokenizer
 def test_checkpoint_of_other_sizes_and_results_of_another_machine_are_refused(folder, tmp_path):
     with pytest.raises(ValueError, match="of other sizes"):
         write_checkpoint(folder, TOKENIZER, "full")
@@ -139,7 +133,6 @@ def test_contestants_take_turns():
 # ---- the checkpoint
 
 
-@needs_tokenizer
 def test_checkpoint_is_whole_and_always_the_same(folder, tmp_path):
     write_checkpoint(tmp_path / "twin", TOKENIZER, "small")
     first, twin = open_checkpoint(folder), open_checkpoint(tmp_path / "twin")
@@ -166,7 +159,6 @@ def test_random_tensor_has_natural_scale(name, mean, std):
     assert not tensor.equal(random_tensor(f"other.{name}", tensor.shape).float())
 
 
-@needs_tokenizer
 def test_weights_read_are_those_of_the_timed_call(folder):
     unet = open_checkpoint(folder).networks["unet"].tensors
     once = [key for key in unet if "cross_attn.k." in key or "cross_attn.v." in key]

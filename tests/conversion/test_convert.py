@@ -79,6 +79,19 @@ def test_diffusers_opens_what_is_written(pipeline, shared_data, tmp_path):
     assert {k: v for k, v in written.items() if k[0:2] != "_d"} == {k: v for k, v in saved.items() if k[0:2] != "_d"}
 
 
+def test_diffusers_passes_over_the_guidance_scale(shared_ours, tmp_path, caplog):
+    """The entry that it does not know is not even warned of."""
+    copy = Path(shutil.copytree(shared_ours, tmp_path / "ours"))
+    index = json.loads((copy / "kolors-ref.json").read_text())
+    index["pipeline"]["guidance_scale"] = 1.5
+    (copy / "kolors-ref.json").write_text(json.dumps(index))
+    convert(copy, tmp_path / "written", "diffusers")
+    written = json.loads((tmp_path / "written" / "model_index.json").read_text())
+    assert written["_guidance_scale"] == 1.5
+    _, unknown, _ = KolorsPipeline.extract_init_dict(written)
+    assert "_guidance_scale" not in unknown
+
+
 def test_the_text_encoder_is_sharded_as_transformers_does(shared_ours, pipeline, tmp_path, monkeypatch):
     """Shards of at most the limit, an index, and transformers reads them."""
     monkeypatch.setattr(convert_module, "SHARD_BYTES", 12_000)

@@ -12,15 +12,18 @@ from diffusers.pipelines.kolors.text_encoder import ChatGLMConfig, ChatGLMModel
 from diffusers.pipelines.kolors.tokenizer import ChatGLMTokenizer
 
 from kolors_ref.config import GLMConfig, UNetConfig, VAEConfig
+from kolors_ref.loading import WEIGHTS
 from kolors_ref.models.glm import GLMEncoder
 from kolors_ref.models.unet import UNet
 from kolors_ref.models.vae import VAE
 from weights_conversion.keymaps import KEYMAPS
 
-TOKENIZER = Path(__file__).parents[3] / "shared" / "tokenizer" / "tokenizer.model"
-needs_tokenizer = pytest.mark.skipif(
-    not TOKENIZER.is_file(), reason="Kolors' tokenizer.model is not at ../shared/tokenizer"
+OFFICIAL_TOKENIZER = Path(__file__).parents[3] / "shared" / "tokenizer" / "tokenizer.model"
+needs_official_tokenizer = pytest.mark.skipif(
+    not OFFICIAL_TOKENIZER.is_file(), reason="Kolors' tokenizer.model is not at ../shared/tokenizer"
 )
+TOKENIZER = OFFICIAL_TOKENIZER if OFFICIAL_TOKENIZER.is_file() else WEIGHTS / "tokenizer.model"
+"""Kolors' own where it is, else the embedded miniature's: the same code over fewer pieces."""
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 """The greatest relative error of a network."""
@@ -164,10 +167,10 @@ def kolors_scheduler():
 
 
 def small_pipeline(seed=0, glm=None, unet=None, vae=None):
-    """diffusers' KolorsPipeline with small random networks, Kolors' schedule and the real tokenizer.
+    """diffusers' KolorsPipeline with small random networks, Kolors' schedule and `TOKENIZER`.
 
     The configs are official ones, by default those of this file: pictures of 128 x 128, a factor of 8 to the latents,
-    the real vocabulary. Its `save_pretrained` writes a checkpoint of some 20 MB, nearly all of it the vocabulary.
+    a vocabulary of the official size. Its `save_pretrained` writes a checkpoint of some 20 MB, nearly all of it that.
     """
     return KolorsPipeline(
         vae=oracle_network("vae", vae or vae_config(), seed),

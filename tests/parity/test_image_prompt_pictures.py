@@ -8,7 +8,7 @@ import pytest
 import torch
 from diffusers import KolorsImg2ImgPipeline
 from diffusers.image_processor import IPAdapterMaskProcessor
-from parity.oracle import assert_parity, needs_tokenizer, randomise, small_pipeline, unet_config
+from parity.oracle import assert_parity, randomise, small_pipeline, unet_config
 from parity.test_ip_adapter import official_parts, write
 from PIL import Image
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
@@ -18,8 +18,6 @@ from kolors_ref.cli import main
 from kolors_ref.config import IPAdapterConfig, UNetConfig
 from kolors_ref.ip_adapter_file import cross_attention_channels
 from weights_conversion.keymaps import KEYMAPS
-
-pytestmark = needs_tokenizer
 
 UNET = UNetConfig(
     **{k: tuple(v) if isinstance(v, list) else v for k, v in KEYMAPS["unet"].CONFIG.to_ours(unet_config(), "").items()}

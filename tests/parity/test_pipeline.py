@@ -14,13 +14,11 @@ from diffusers import (
     KolorsImg2ImgPipeline,
     KolorsPipeline,
 )
-from parity.oracle import kolors_scheduler, needs_tokenizer, small_pipeline
+from parity.oracle import kolors_scheduler, small_pipeline
 from PIL import Image
 
 from kolors_ref import KolorsPipeline as Ours
 from kolors_ref.cli import main
-
-pytestmark = needs_tokenizer
 
 SETTINGS = {
     "euler": (EulerDiscreteScheduler, {}, {"num_inference_steps": 50, "guidance_scale": 5.0}),
