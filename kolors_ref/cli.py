@@ -157,7 +157,7 @@ def add_train(commands: "argparse._SubParsersAction[Parser]") -> None:
     add("--unet-steps", type=counting, metavar="N", help=UNET_STEPS_HELP)
     add("--seed", type=seed_number, default=0, metavar="N", help="of weights, data and noise (default: %(default)s)")
     add("--ablate", action="append", choices=ABLATIONS, help="leave out what it is to show the worth of; repeatable")
-    add("--reuse", type=Path, metavar="DIR", help="take the stages that are the same from another run, or from mini")
+    add("--reuse", metavar="DIR", help="take the stages that are the same from another run, or from mini")
     add("--previous", action="store_true", help="go on from the last checkpoint but one")
     add("--device", help="cpu or cuda (default: cuda if there is one)")
 
@@ -170,7 +170,7 @@ def add_evaluate(commands: "argparse._SubParsersAction[Parser]") -> None:
     )
     add = commands.add_parser("evaluate", help="score a model", description=about).add_argument
     add("--model", default="mini", metavar="DIR", help=MODEL_HELP)
-    add("--captions", action="store_true", help="have it choose between captions instead of drawing")
+    add("--captions", action="store_true", help="have it choose between captions; steps, guidance and seed are of none")
     add("--steps", type=int, default=25, help="denoising steps (default: %(default)s)")
     add("--guidance-scale", type=float, help=GUIDANCE_HELP)
     add("--sampler", metavar="NAME", help="such as euler or dpmpp-2m-karras (default: the checkpoint's)")

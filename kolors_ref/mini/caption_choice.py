@@ -25,7 +25,7 @@ from .scenes import generator, pick, sample_scene
 from .world import BACKGROUNDS, CANVAS, COLOURS, PLACES, RELATIONS, SHAPES, SIZES, TEXTURES, Scene
 
 SEED = 3000
-"""The seed of the pictures; no stage of training sees them."""
+"""The seed of the pictures; no stage of training with the default seed sees them."""
 NOISE_LEVELS = (1.5, 3.0, 6.0)
 """Noise of a picture, relative to its latents: where it is decided what stands where."""
 ATTRIBUTES = {"colour": tuple(COLOURS), "shape": SHAPES, "size": tuple(SIZES), "texture": TEXTURES}

@@ -1,6 +1,7 @@
 """The miniature's commands: `kolors-ref train mini` and `kolors-ref evaluate`."""
 
 import argparse
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -39,6 +40,8 @@ ABLATIONS: dict[str, Callable[[Recipe], Recipe]] = {
 
 def run_training(options: argparse.Namespace) -> None:
     """Trains the miniature, or a variant of it, and prints where the checkpoint is."""
+    if {"short-captions", "dense-captions"} <= set(options.ablate or []):
+        raise ValueError("--ablate short-captions and dense-captions exclude each other; give one of them")
     recipe = replace(Recipe(), seed=options.seed).scaled(options.scale)
     if options.unet_steps:
         recipe = recipe.with_unet_steps(options.unet_steps)
@@ -48,7 +51,8 @@ def run_training(options: argparse.Namespace) -> None:
         raise NotADirectoryError(f"the folder {options.folder} of the training is a file; give another with --folder")
     with processes(options.device) as here:
         if options.reuse is not None and here.first:
-            reuse_stages(options.folder, options.reuse, recipe)
+            taken = reuse_stages(options.folder, options.reuse, recipe)
+            print(f"taken from {options.reuse}: {', '.join(taken) or 'nothing more'}", file=sys.stderr)
         here.wait()
         model = train_mini(options.folder, recipe, here, options.previous)
         if here.first:

@@ -13,7 +13,7 @@ from .scenes import generator, pick, sample_scene
 from .world import Scene
 
 DENSE_SHARE = 0.5
-"""The share of dense captions: the Kolors report, too, mixes short and detailed captions half and half."""
+"""The share of dense captions among those of examples; stages that word scenes anew have shares of their own."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,6 @@ def example(seed: int, index: int, held_out: bool = False, clean: bool = False) 
     return Example(scene, claim, word(claim, rng, language), language, dense)
 
 
-def examples(seed: int, start: int = 0, step: int = 1, clean: bool = False) -> Iterator[Example]:
-    """Draws the training examples number start, start + step, start + 2 step ... of a seed, without end."""
-    return (example(seed, index, clean=clean) for index in count(start, step))
+def examples(seed: int) -> Iterator[Example]:
+    """Draws the training examples of a seed, without end."""
+    return (example(seed, index) for index in count())

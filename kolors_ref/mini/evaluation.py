@@ -1,7 +1,6 @@
 """How well a model does what prompts ask: its pictures, judged, in a table, as JSON and on a contact sheet."""
 
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -9,9 +8,9 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-from ..picture_file import partial
 from .judge import Verdict, judge
 from .prompts import Prompt
+from .training_state import written
 
 THUMBNAIL = 96
 """Pixels along one side of a picture on the contact sheet."""
@@ -104,15 +103,15 @@ class Report:
         return sheet
 
     def write_contact_sheet(self, path: Path) -> None:
-        """Writes the contact sheet as PNG: beside the final name first."""
-        self.contact_sheet().save(partial(path), format="PNG")
-        os.replace(partial(path), path)
+        """Writes the contact sheet as PNG; OSError as with `written`."""
+        with written(path) as beside:
+            self.contact_sheet().save(beside, format="PNG")
 
 
 def write_report(path: Path, report: dict[str, Any]) -> None:
-    """Writes a report as JSON that people can read: beside the final name first."""
-    partial(path).write_text(json.dumps(report, ensure_ascii=False, indent=1) + "\n", encoding="utf8")
-    os.replace(partial(path), path)
+    """Writes a report as JSON that people can read; OSError as with `written`."""
+    with written(path) as beside:
+        beside.write_text(json.dumps(report, ensure_ascii=False, indent=1) + "\n", encoding="utf8")
 
 
 def evaluate(

@@ -160,13 +160,16 @@ class Curve:
             return float("inf")
 
     def add(self, step: int, loss: float, bar: tqdm) -> None:
-        """Notes the loss of a step."""
+        """Notes the loss of a step; raises OSError if the disk is full."""
         self.losses.append(loss)
         if (step + 1) % self.EVERY == 0:
             now = time.perf_counter()
             mean = sum(self.losses) / len(self.losses)
             line = {"step": step + 1, "loss": round(mean, 6), "seconds": round(now - self.began, 2)}
-            with self.path.open("a", encoding="utf8") as file:
-                file.write(json.dumps(line) + "\n")
+            try:
+                with self.path.open("a", encoding="utf8") as file:
+                    file.write(json.dumps(line) + "\n")
+            except OSError as error:
+                raise OSError(f"{self.path} cannot be written: {error.strerror}") from error
             bar.set_postfix(loss=f"{mean:.4f}")
             self.losses, self.began = [], now

@@ -54,7 +54,7 @@ def processes(device: str | None = None) -> Iterator[Processes]:
     """
     kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if kind not in ("cpu", "cuda"):
-        raise ValueError(f"the device to train on is {device!r}; it must be 'cpu' or 'cuda'")
+        raise ValueError(f"the device is {device!r}; it must be 'cpu' or 'cuda'")
     if kind == "cuda" and not torch.cuda.is_available():
         raise ValueError("the device 'cuda' cannot be used here; 'cpu' always can")
     count, local = (int(os.environ.get(name, default)) for name, default in (("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")))

@@ -41,7 +41,12 @@ class Prompt:
 
 
 def mini_prompts(language: str | None = None) -> list[Prompt]:
-    """The benchmark, 240 prompts a language: always the same ones, in one language ("zh" or "en") or in both."""
+    """The benchmark, 240 prompts a language: always the same ones, in one language ("zh" or "en") or in both.
+
+    Raises ValueError for another language.
+    """
+    if language not in (None, *LANGUAGES):
+        raise ValueError(f"the language is {language!r}; MiniPrompts are in {' and '.join(LANGUAGES)}")
     prompts = []
     for number, (category, claim) in enumerate(_claims()):
         for i, spoken in enumerate(LANGUAGES):

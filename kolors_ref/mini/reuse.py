@@ -9,7 +9,7 @@ from weights_conversion.files import read_json, write_json
 
 from ..loading import EMBEDDED, WEIGHTS
 from .recipe import Recipe
-from .train import check_recipe
+from .train import note_recipe
 from .training_state import write_tensors, written
 
 TOKENIZER = ("seed", "tokenizer_captions")
@@ -30,40 +30,49 @@ DECIDED_BY = {
 """The files of a run, and the fields of the recipe that decide what is in each."""
 
 
-def reuse_stages(folder: Path, other: Path, recipe: Recipe) -> list[str]:
+def reuse_stages(folder: Path, other: str, recipe: Recipe) -> list[str]:
     """Copies to a run's folder the files that another run has and that would come out the same.
 
     Args:
         folder: of our run.
-        other: of the other; "mini" stands for the embedded miniature, which has all but its UNet to give.
-        recipe: of our run.
+        other: the folder of the other; "mini" (not "./mini") stands for the embedded miniature, which has all but its
+            UNet to give.
+        recipe: of our run, which is noted in its folder first, so that no other recipe can go on with these files.
 
     Returns:
         The names of the files copied; those that are there already are left alone.
 
     Raises:
         FileNotFoundError: the other folder holds no run.
-        ValueError: our folder holds a run of another recipe.
+        ValueError: nothing would come out the same, or our folder holds a run of another recipe.
     """
-    if str(other) == EMBEDDED:
+    if other == EMBEDDED:
         with TemporaryDirectory() as run:
             lay_out_embedded(Path(run))
-            return reuse_stages(folder, Path(run), recipe)
-    if not (other / "recipe.json").is_file():
+            return copy_stages(folder, Path(run), recipe, "the embedded miniature")
+    if not (Path(other) / "recipe.json").is_file():
         raise FileNotFoundError(f"{other} holds no training run to take stages from: it has no recipe.json")
-    check_recipe(folder, recipe)
-    theirs = read_json(other / "recipe.json")
-    ours = recipe.record()
+    return copy_stages(folder, Path(other), recipe, other)
+
+
+def copy_stages(folder: Path, other: Path, recipe: Recipe, name: str) -> list[str]:
+    """Copies from the folder of another run, which is called `name` in errors; see `reuse_stages`."""
+    ours, theirs = recipe.record(), read_json(other / "recipe.json")
+    same = [
+        path
+        for pattern, fields in DECIDED_BY.items()
+        if all(ours[field] == theirs.get(field) for field in fields)
+        for path in sorted(other.glob(pattern))
+    ]
+    if not same:
+        raise ValueError(f"no stage of {name} is the same in this run; it takes the same seed and scale")
     folder.mkdir(parents=True, exist_ok=True)
-    copied = []
-    for pattern, fields in DECIDED_BY.items():
-        if all(ours[field] == theirs.get(field) for field in fields):
-            for path in sorted(other.glob(pattern)):
-                if not (folder / path.name).exists():
-                    with written(folder / path.name) as beside:
-                        shutil.copyfile(path, beside)
-                    copied.append(path.name)
-    return copied
+    note_recipe(folder, recipe)
+    missing = [path for path in same if not (folder / path.name).exists()]
+    for path in missing:
+        with written(folder / path.name) as beside:
+            shutil.copyfile(path, beside)
+    return [path.name for path in missing]
 
 
 def lay_out_embedded(folder: Path) -> None:

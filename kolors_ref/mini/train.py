@@ -23,10 +23,10 @@ from .first_weights import first_weights
 from .language_model import LanguageModel, bag_of_words, caption_batches
 from .loop import average_of, train
 from .processes import Processes
-from .recipe import Recipe, Stage
-from .reward_tuning import RewardLoss, judged_drawing, reward_batches, some_way_back
+from .recipe import STAGES, Recipe, Stage
+from .reward_tuning import CAPTIONS, RewardLoss, judged_drawing, reward_batches, some_way_back
 from .tokenizer_training import train_tokenizer
-from .training_state import read_result, write_tensors, written
+from .training_state import read_result, remove_unfinished, write_tensors, written
 
 CLEAN_SEED, REWARD_SEED = 1, 100
 """Added to the recipe's seed for the pictures of quality tuning, and for the captions of reward tuning."""
@@ -45,14 +45,16 @@ def train_mini(folder: Path, recipe: Recipe, here: Processes, previous: bool = F
         The folder of the model: a checkpoint in this project's layout.
 
     Raises:
-        ValueError: a checkpoint is damaged, or the folder holds a run of another recipe.
+        ValueError: a checkpoint is damaged, the folder holds a run of another recipe, or the processes cannot share the
+            batches of some stage evenly.
         OSError: something cannot be written.
     """
+    check_shares(recipe, here)
     folder.mkdir(parents=True, exist_ok=True)
     if here.device.type == "cpu":
         keep_freed_memory()
     run = Run(folder, recipe, here, previous)
-    run.note_recipe()
+    run.begin()
     run.tokenizer()
     language_model = run.language_model()
     vae = run.autoencoder()
@@ -70,14 +72,13 @@ class Run:
     def __init__(self, folder: Path, recipe: Recipe, here: Processes, previous: bool) -> None:
         self.folder, self.recipe, self.here, self.previous = folder, recipe, here, previous
 
-    def note_recipe(self) -> None:
-        """Notes the recipe in a new folder; raises ValueError if the folder holds a run of another."""
+    def begin(self) -> None:
+        """Notes the recipe, or raises ValueError if the folder holds a run of another; clears up after a killed run."""
         check_recipe(self.folder, self.recipe)
         self.here.wait()
-        path = self.folder / "recipe.json"
-        if not path.is_file() and self.here.first:
-            with written(path) as beside:
-                write_json(beside, self.recipe.record())
+        if self.here.first:
+            note_recipe(self.folder, self.recipe)
+            remove_unfinished(self.folder)
         self.here.wait()
 
     def tokenizer(self) -> Tokenizer:
@@ -108,7 +109,7 @@ class Run:
             with written(path) as beside:
                 write_json(beside, {"scaling_factor": scale})
         self.here.wait()
-        vae = with_config(loss.vae, replace(sizes.VAE, scaling_factor=read_json(path)["scaling_factor"]))
+        vae = with_config(loss.vae, replace(sizes.VAE, scaling_factor=read_scale(path)))
         if self.recipe.vae_decoder.steps:
             alone = self.stage(self.recipe.vae_decoder, DecoderLoss(vae), decoder_batches(seed, vae, self.here))
             vae.post_quant_conv, vae.decoder = alone.post_quant_conv, alone.decoder
@@ -195,6 +196,31 @@ def check_recipe(folder: Path, recipe: Recipe) -> None:
     path = folder / "recipe.json"
     if path.is_file() and read_json(path) != recipe.record():
         raise ValueError(f"{folder} holds a run of another recipe; give another folder with --folder")
+
+
+def note_recipe(folder: Path, recipe: Recipe) -> None:
+    """Writes a run's recipe into its folder, unless it is there; raises ValueError if another one is."""
+    check_recipe(folder, recipe)
+    if not (folder / "recipe.json").is_file():
+        with written(folder / "recipe.json") as beside:
+            write_json(beside, recipe.record())
+
+
+def check_shares(recipe: Recipe, here: Processes) -> None:
+    """Raises ValueError, before hours have gone by, unless the processes can share all batches evenly."""
+    for stage in (getattr(recipe, name) for name in STAGES):
+        if stage.steps:
+            here.check_shares(stage.batch_size, f"examples of a batch of {stage.name}")
+    if recipe.unet_reward.steps or recipe.unet_reward_again.steps:
+        here.check_shares(CAPTIONS, "captions of a round of reward tuning")
+
+
+def read_scale(path: Path) -> float:
+    """Reads the scale of latents that a run measured; raises ValueError if there is none in the file."""
+    scale = read_json(path).get("scaling_factor")
+    if not isinstance(scale, float) or not 0 < scale < float("inf"):
+        raise ValueError(f"{path} is damaged: it holds no scale; remove it, and the next run makes it again")
+    return scale
 
 
 def with_config(vae: VAE, config: VAEConfig) -> VAE:

@@ -47,6 +47,12 @@ def written(path: Path) -> Iterator[Path]:
         beside.unlink(missing_ok=True)
 
 
+def remove_unfinished(folder: Path) -> None:
+    """Removes what runs that were killed amidst writing left under names that are none."""
+    for path in folder.glob(".*.partial-*"):
+        path.unlink()
+
+
 def write_tensors(path: Path, tensors: dict[str, Tensor], facts: dict[str, str] | None = None) -> None:
     """Writes a .safetensors file with a digest of its tensors; OSError as with `written`."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}

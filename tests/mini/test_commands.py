@@ -1,6 +1,7 @@
 """`kolors-ref train mini` and `kolors-ref evaluate`: what they accept, refuse and write."""
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import asdict, replace
@@ -15,7 +16,7 @@ from kolors_ref.mini import commands
 from kolors_ref.mini.processes import Processes
 from kolors_ref.mini.recipe import Recipe
 from kolors_ref.mini.reuse import reuse_stages
-from kolors_ref.mini.train import Run
+from kolors_ref.mini.train import Run, train_mini
 
 UNFINISHED = "unet-00000200.safetensors"
 LATENTS = ("latents-0000000.safetensors", "latents-0002048.safetensors", "latents-clean-0000000.safetensors")
@@ -74,26 +75,28 @@ def a_run(folder, recipe):
         ({"scenes": 64}, {"latents-0000000.safetensors", "latents-0002048.safetensors", *DENOISED}),
         ({"vae_whole": replace(Recipe().vae_whole, steps=7)}, set(REST)),
         ({"vae_decoder": replace(Recipe().vae_decoder, steps=7)}, {"vae-decoder.safetensors"}),
-        ({"seed": 1}, {"tokenizer.model", "glm.safetensors", "vae.safetensors", *REST}),
     ],
 )
 def test_stages_that_are_the_same_are_taken_over(tmp_path, change, missing):
     other, folder = a_run(tmp_path / "other", Recipe()), tmp_path / "ours"
-    copied = reuse_stages(folder, other, replace(Recipe(), **change))
+    ours = replace(Recipe(), **change)
+    copied = reuse_stages(folder, str(other), ours)
     rewarded = {f"{name}.safetensors" for name in UNETS[2:]}
     everything = {path.name for path in other.iterdir()} - {"recipe.json", UNFINISHED, *rewarded}
-    assert set(copied) == {path.name for path in folder.iterdir()} == everything - missing
+    assert {path.name for path in folder.iterdir()} == {"recipe.json", *copied}
+    assert set(copied) == everything - missing
+    assert json.loads((folder / "recipe.json").read_text()) == ours.record()
     assert all((folder / name).read_bytes() == (other / name).read_bytes() for name in copied)
 
 
 def test_nothing_is_taken_over_twice_or_from_nowhere(tmp_path):
     other, folder = a_run(tmp_path / "other", Recipe()), tmp_path / "ours"
-    assert reuse_stages(folder, other, Recipe())
+    assert reuse_stages(folder, str(other), Recipe())
     (folder / "vae.safetensors").write_text("our own")
-    assert reuse_stages(folder, other, Recipe()) == []
+    assert reuse_stages(folder, str(other), Recipe()) == []
     assert (folder / "vae.safetensors").read_text() == "our own"
     with pytest.raises(FileNotFoundError, match="no training run"):
-        reuse_stages(folder, tmp_path, Recipe())
+        reuse_stages(folder, str(tmp_path), Recipe())
 
 
 def test_nothing_is_taken_over_into_a_run_of_another_recipe(tmp_path):
@@ -101,12 +104,12 @@ def test_nothing_is_taken_over_into_a_run_of_another_recipe(tmp_path):
     folder.mkdir()
     (folder / "recipe.json").write_text(json.dumps(asdict(Recipe())))
     with pytest.raises(ValueError, match="ours holds a run of another recipe"):
-        reuse_stages(folder, other, replace(Recipe(), seed=1))
+        reuse_stages(folder, str(other), replace(Recipe(), seed=1))
     assert [path.name for path in folder.iterdir()] == ["recipe.json"]
 
 
 def test_the_embedded_miniature_gives_all_but_its_unet(tmp_path):
-    taken = reuse_stages(tmp_path, Path("mini"), replace(Recipe(), dense_share=0.0))
+    taken = reuse_stages(tmp_path, "mini", replace(Recipe(), dense_share=0.0))
     stages = ("glm", "vae", "vae-whole", "vae-decoder")
     assert set(taken) == {"tokenizer.model", "vae-scale.json", *(f"{stage}.safetensors" for stage in stages)}
     run = Run(tmp_path, replace(Recipe(), dense_share=0.0), Processes(0, 1, torch.device("cpu")), False)
@@ -120,8 +123,36 @@ def test_the_embedded_miniature_gives_all_but_its_unet(tmp_path):
         assert all(torch.equal(weights[name], expected[name]) for name in expected)
 
 
-def test_the_embedded_miniature_gives_nothing_to_another_seed(tmp_path):
-    assert reuse_stages(tmp_path, Path("mini"), replace(Recipe(), seed=1)) == []
+def test_a_run_without_a_stage_in_common_is_refused(tmp_path):
+    """It would train everything anew, for hours, as if nothing had been asked for."""
+    other = a_run(tmp_path / "other", Recipe())
+    for name, message in ((str(other), f"no stage of {other} is"), ("mini", "no stage of the embedded miniature is")):
+        for recipe in (replace(Recipe(), seed=1), Recipe().scaled(0.01)):
+            with pytest.raises(ValueError, match=message):
+                reuse_stages(tmp_path / "ours", name, recipe)
+    assert not (tmp_path / "ours").exists()
+
+
+def test_a_taking_over_that_was_cut_short_binds_the_recipe(tmp_path, monkeypatch):
+    """Else another recipe would go on with files that are not its own."""
+    other, folder = a_run(tmp_path / "other", Recipe()), tmp_path / "ours"
+
+    def interrupt(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(shutil, "copyfile", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        reuse_stages(folder, str(other), Recipe())
+    with pytest.raises(ValueError, match="holds a run of another recipe"):
+        train_mini(folder, replace(Recipe(), seed=1), Processes(0, 1, torch.device("cpu")))
+
+
+def test_a_folder_may_be_called_mini(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"\./mini holds no training run"):
+        reuse_stages(tmp_path / "ours", "./mini", Recipe())
+    a_run(tmp_path / "mini", replace(Recipe(), seed=1))
+    assert reuse_stages(tmp_path / "ours", "./mini", replace(Recipe(), seed=1))
 
 
 @pytest.mark.parametrize(
@@ -208,6 +239,8 @@ def test_captions_are_chosen_alike_by_one_process_and_by_two(capsys, small_check
         (["train", "mini", "--seed", "-1"], "-1 is not from 0"),
         (["evaluate", "--seed", str(2**63)], "9223372036854775808 is not from 0"),
         (["train", "mini", "--reuse", "no-such-run"], "no-such-run"),
+        (["train", "mini", "--ablate", "short-captions", "--ablate", "dense-captions"], "exclude each other"),
+        (["train", "mini", "--scale", "x"], "--scale: 'x' is not a number"),
         (["evaluate", "--limit", "0"], "0 is not at least 1"),
         (["evaluate", "--language", "fr"], "'fr'"),
         (["evaluate", "--model", "no-such-folder"], "no-such-folder"),

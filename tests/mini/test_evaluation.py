@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections import Counter
+from pathlib import Path
 
 import pytest
 from mini.pictures import scene_for
@@ -104,6 +105,11 @@ def test_a_wrong_number_of_pictures_is_refused():
         evaluate(lambda prompts: blank(prompts[:1]), PROMPTS[:4])
 
 
+def test_an_unknown_language_is_refused():
+    with pytest.raises(ValueError, match="the language is 'fr'; MiniPrompts are in zh and en"):
+        mini_prompts("fr")
+
+
 def test_no_prompts_are_refused():
     with pytest.raises(ValueError, match="no prompts to evaluate"):
         evaluate(perfect, [])
@@ -120,3 +126,23 @@ def test_json_and_contact_sheet(report, tmp_path):
     with Image.open(tmp_path / "sheet.png") as sheet:
         assert sheet.height == 104 * 20
     assert sorted(path.name for path in tmp_path.iterdir()) == ["report.json", "sheet.png"]
+
+
+def test_a_report_on_a_full_disk(report, tmp_path, monkeypatch):
+    """The file is named, an older one stays, and nothing is left beside it."""
+    for name in ("report.json", "sheet.png"):
+        (tmp_path / name).write_text("an older one")
+
+    def half(path, *arguments, **options):
+        path.write_bytes(b"half of it")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", half)
+    monkeypatch.setattr(Image.Image, "save", lambda image, path, **options: half(path))
+    with pytest.raises(OSError, match=r"report\.json cannot be written: No space left on device"):
+        write_report(tmp_path / "report.json", report.as_dict())
+    with pytest.raises(OSError, match=r"sheet\.png cannot be written: No space left on device"):
+        report.write_contact_sheet(tmp_path / "sheet.png")
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == dict.fromkeys(
+        ("report.json", "sheet.png"), "an older one"
+    )

@@ -349,6 +349,33 @@ def test_a_damaged_file_is_named(short, name):
         path.write_bytes(whole)
 
 
+@pytest.mark.parametrize("content", ["{}", '{"scaling_factor": "0.5"}', '{"scaling_factor": NaN}', "[]"])
+def test_a_scale_that_is_none(short, content):
+    path = short / "vae-scale.json"
+    whole = path.read_bytes()
+    path.write_text(content)
+    try:
+        with pytest.raises(ValueError, match=r"vae-scale\.json [^\n]*$"):
+            train.train_mini(short, SHORT, HERE)
+    finally:
+        path.write_bytes(whole)
+
+
+def test_what_a_killed_run_left_half_written_goes(short):
+    left = short / ".unet-00000004.safetensors.partial-4711"
+    left.write_bytes(b"half of it")
+    train.train_mini(short, SHORT, HERE)
+    assert not left.exists()
+
+
+@pytest.mark.parametrize("count", [3, 8])
+def test_processes_that_cannot_share_a_later_stage_are_refused_at_once(tmp_path, count):
+    """The official batches of the autoencoder's later stages are of 4."""
+    with pytest.raises(ValueError, match=rf"cannot be shared evenly by {count} processes"):
+        train.train_mini(tmp_path / "new", Recipe(), Processes(0, count, torch.device("cpu")))
+    assert not (tmp_path / "new").exists()
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # In two processes
 # ---------------------------------------------------------------------------------------------------------------------

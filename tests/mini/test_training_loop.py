@@ -204,6 +204,11 @@ def test_a_full_disk_keeps_the_curve(tmp_path, monkeypatch):
         with pytest.raises(OSError, match=r"tiny\.jsonl cannot be written: No space left on device"):
             Curve(tmp_path / "tiny.jsonl", 4)
     assert curve(tmp_path) == ([4], [9])
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", full)
+        patch.setattr(Curve, "EVERY", 2)
+        with pytest.raises(OSError, match=r"tiny\.jsonl cannot be written: No space left on device"):
+            trained(tmp_path)
 
 
 def test_another_stage_or_another_network_is_refused(tmp_path):
