@@ -231,8 +231,7 @@ def generate(options: argparse.Namespace) -> None:
     from .request import Request
 
     loras = [split_scale(lora) for lora in options.lora or []]
-    files = [options.unet, options.image, *(options.ip_image or []), *(options.ip_adapter or [])]
-    inputs = check_inputs(options, files, loras)
+    inputs = check_inputs(options, [file for file, _ in loras])
     request = Request(
         prompt=options.prompt,
         negative_prompt=options.negative_prompt,
@@ -303,12 +302,11 @@ def split_scale(lora: str) -> tuple[str, float]:
         raise ValueError(f"--lora {lora} has the scale {scale!r}; it must be a number") from None
 
 
-def check_inputs(
-    options: argparse.Namespace, files: Sequence[str | Path | None], loras: Sequence[tuple[str, float]]
-) -> dict[str, str]:
+def check_inputs(options: argparse.Namespace, loras: Sequence[str]) -> dict[str, str]:
     """Gives the content hash of every file beside the model; ValueError if one changed since the picture to repeat."""
     inputs = {}
-    for file in [Path(file) for file in (*files, *(lora for lora, _ in loras)) if file is not None]:
+    files = (options.unet, options.image, *(options.ip_image or []), *(options.ip_adapter or []), *loras)
+    for file in [Path(file) for file in files if file is not None]:
         if file.is_file():
             inputs[str(file)] = content_hash(file)
             if inputs[str(file)] != options.inputs.get(str(file), inputs[str(file)]):
