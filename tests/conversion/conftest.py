@@ -181,12 +181,3 @@ def edit_weights():
         save_file(tensors, path, metadata={"format": "pt"})
 
     return edit
-
-
-@pytest.fixture(scope="session")
-def shared_data():
-    """The folder with the official tokenizer and the text encoder's config."""
-    folder = Path(__file__).resolve().parents[2].parent / "shared" / "tokenizer"
-    if not folder.is_dir():
-        pytest.skip("needs the official tokenizer and text encoder config in ../shared/tokenizer")
-    return folder

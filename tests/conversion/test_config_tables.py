@@ -7,6 +7,7 @@ from dataclasses import asdict
 import pytest
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.pipelines.kolors.text_encoder import ChatGLMConfig
+from parity.oracle import OFFICIAL_TOKENIZER, needs_official_tokenizer
 
 from kolors_ref.config import GLMConfig, UNetConfig, VAEConfig
 from weights_conversion.keymaps import KEYMAPS
@@ -49,9 +50,10 @@ def test_every_field_of_the_oracle_is_known_with_its_default(name):
             assert table.defaults.get(field, table.required.get(field)) == default, field
 
 
-def test_the_official_text_encoder_config(shared_data):
-    """The file of the official checkpoint gives the official sizes."""
-    config = json.loads((shared_data / "text_encoder_config.json").read_text())
+@needs_official_tokenizer
+def test_the_official_text_encoder_config():
+    """The file of the official checkpoint, kept beside its tokenizer, gives the official sizes."""
+    config = json.loads(OFFICIAL_TOKENIZER.with_name("text_encoder_config.json").read_text())
     assert GLM.to_ours(config, "config.json") == asdict(GLMConfig())
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from diffusers import KolorsPipeline
 from diffusers.pipelines.kolors.tokenizer import ChatGLMTokenizer
+from parity.oracle import TOKENIZER
 from safetensors.torch import load_file
 
 from weights_conversion import convert, differences, open_checkpoint
@@ -54,9 +55,9 @@ def test_configs_survive_the_round_trip(shared_diffusers, shared_ours, tmp_path)
         assert len(ours) > len(KEYMAPS[name].CONFIG.ours)
 
 
-def test_diffusers_opens_what_is_written(pipeline, shared_data, tmp_path):
+def test_diffusers_opens_what_is_written(pipeline, tmp_path):
     """from_pretrained gives the same networks, tokenizer and schedule as the original pipeline."""
-    components = pipeline.components | {"tokenizer": ChatGLMTokenizer(str(shared_data / "tokenizer.model"))}
+    components = pipeline.components | {"tokenizer": ChatGLMTokenizer(str(TOKENIZER))}
     original = KolorsPipeline(**components, force_zeros_for_empty_prompt=True)
     original.save_pretrained(tmp_path / "original")
     convert(tmp_path / "original", tmp_path / "ours")
