@@ -170,7 +170,7 @@ def add_evaluate(commands: "argparse._SubParsersAction[Parser]") -> None:
     )
     add = commands.add_parser("evaluate", help="score a model", description=about).add_argument
     add("--model", default="mini", metavar="DIR", help=MODEL_HELP)
-    add("--captions", action="store_true", help="have it choose between captions; steps, guidance and seed are of none")
+    add("--captions", action="store_true", help="have it choose between captions; steps, guidance, seed do not count")
     add("--steps", type=int, default=25, help="denoising steps (default: %(default)s)")
     add("--guidance-scale", type=float, help=GUIDANCE_HELP)
     add("--sampler", metavar="NAME", help="such as euler or dpmpp-2m-karras (default: the checkpoint's)")
