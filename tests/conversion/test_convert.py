@@ -80,7 +80,7 @@ def test_diffusers_opens_what_is_written(pipeline, tmp_path):
     assert {k: v for k, v in written.items() if k[0:2] != "_d"} == {k: v for k, v in saved.items() if k[0:2] != "_d"}
 
 
-def test_diffusers_passes_over_the_guidance_scale(shared_ours, tmp_path, caplog):
+def test_diffusers_passes_over_the_guidance_scale(shared_ours, tmp_path):
     """The entry that it does not know is not even warned of."""
     copy = Path(shutil.copytree(shared_ours, tmp_path / "ours"))
     index = json.loads((copy / "kolors-ref.json").read_text())
