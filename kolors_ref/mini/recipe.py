@@ -121,16 +121,16 @@ class Recipe:
     vae: Stage = Stage("vae", 5500, 24, 2e-3, 2e-4)
     vae_whole: Stage = Stage("vae-whole", 1000, 4, 2e-4, 1e-6)
     vae_decoder: Stage = Stage("vae-decoder", 3000, 4, 5e-4, 1e-5)
-    unet: Stage = Stage("unet", 14250, 64, 1e-3, 1e-5, matrix_rate=2e-3, cooldown=1 / 3, ema_decay=0.9995)
-    unet_tuning: Stage = Stage("unet-tuning", 700, 64, 1e-4, 1e-6, matrix_rate=2e-4)
+    unet: Stage = Stage("unet", 7000, 64, 1e-3, 5e-4, matrix_rate=2e-3, cooldown=1 / 3, ema_decay=0.9995)
+    unet_tuning: Stage = Stage("unet-tuning", 7500, 64, 5e-4, 5e-6, matrix_rate=1e-3, cooldown=2 / 3, ema_decay=0.9995)
     unet_reward: Stage = Stage(
         "unet-reward", 2820, 64, 2e-4, 2e-5, weight_decay=0.0, warmup=12, cooldown=0.7, ema_decay=0.97, save_every=60
     )
     unet_reward_again: Stage = Stage(
         "unet-reward-again", 600, 64, 1e-4, 1e-5, weight_decay=0.0, warmup=12, ema_decay=0.97, save_every=60
     )
-    scenes: int = 49152
-    clean_scenes: int = 12288
+    scenes: int = 24576
+    clean_scenes: int = 24576
     schedule: ScheduleConfig = SCHEDULE
     dense_share: float = 0.25
     bag_of_words: bool = False

@@ -183,7 +183,7 @@ def test_training_runs_what_was_asked_for(capsys, monkeypatch, tmp_path):
     assert (folder, previous, here.count) == (tmp_path, True, 1)
     assert (recipe.seed, recipe.schedule.beta_end) == (3, 0.012)
     assert recipe.glm.steps == round(0.1 * Recipe().glm.steps)
-    assert [getattr(recipe, stage).steps for stage in ("unet_tuning", *REWARDS)] == [70, 0, 0]
+    assert [getattr(recipe, stage).steps for stage in ("unet_tuning", *REWARDS)] == [750, 0, 0]
 
 
 def test_the_unets_steps_can_be_chosen(capsys, monkeypatch):
@@ -192,7 +192,7 @@ def test_the_unets_steps_can_be_chosen(capsys, monkeypatch):
     assert run(capsys, "train", "mini", "--unet-steps", "1000")[0] == 0
     recipe = calls[0][1]
     stages = ("unet", "unet_tuning", *REWARDS)
-    assert [getattr(recipe, stage).steps for stage in stages] == [1000, 49, 198, 42]
+    assert [getattr(recipe, stage).steps for stage in stages] == [1000, 1071, 403, 86]
     assert recipe == replace(Recipe(), **{stage: getattr(recipe, stage) for stage in stages})
 
 
