@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,7 @@ from .data import example
 from .processes import Processes
 from .scenes import generator, pick
 from .training_state import read_result, write_tensors
-from .world import CANVAS
+from .world import CANVAS, Scene
 
 NO_CAPTION = 0.1
 """The share of examples without a caption, for classifier-free guidance (Ho and Salimans 2022)."""
@@ -167,13 +168,14 @@ def denoising_batches(
 
     A picture comes again and again, each time with another caption and other noise.
     """
+    scene = cache(lambda number: example(seed, number, clean=clean).scene)  # drawing it by lot takes longest
 
     def batch(numbers: range) -> tuple[Tensor, ...]:
         """The arguments of `DenoisingLoss.forward`."""
         captions, noises = [], []
         for number in numbers:
             rng = generator(seed + 3, number)
-            captions.append(new_caption(seed, number % len(cached.latents), clean, dense_share, rng))
+            captions.append(new_caption(scene(number % len(cached.latents)), dense_share, rng))
             noises.append(unit_noise(seed, number, tuple(cached.latents.shape[1:])))
         rows = [number % len(cached.latents) for number in numbers]
         timestep = draw_timesteps(numbers, num_timesteps)
@@ -198,9 +200,8 @@ def size_conditions(original: Tensor) -> Tensor:
     return sizes
 
 
-def new_caption(seed: int, number: int, clean: bool, dense_share: float, rng: np.random.Generator) -> str:
+def new_caption(scene: Scene, dense_share: float, rng: np.random.Generator) -> str:
     """Draws a caption of a picture; none, now and then."""
-    scene = example(seed, number, clean=clean).scene
     empty, dense = rng.random() < NO_CAPTION, rng.random() < dense_share
     language = pick(rng, LANGUAGES)
     return "" if empty else word(choose_claim(scene, rng, dense), rng, language)

@@ -10,6 +10,7 @@ import torch
 from kolors_ref.config import GLMConfig, ScheduleConfig, UNetConfig, VAEConfig
 from kolors_ref.mini import denoiser, language_model, recipe, train
 from kolors_ref.mini.autoencoder import CROP, AutoencoderLoss, picture_batches, whole_pictures
+from kolors_ref.mini.claims import holds
 from kolors_ref.mini.data import example
 from kolors_ref.mini.denoiser import DenoisingLoss, Latents, cache_latents, denoising_batches, new_caption
 from kolors_ref.mini.language_model import IGNORED, LanguageModel, caption_batches
@@ -275,6 +276,24 @@ def test_a_batch_is_made_from_its_numbers_alone(batches):
     assert not torch.equal(first[5], later[5])
 
 
+@pytest.mark.parametrize("clean", [False, True])
+def test_captions_are_of_the_pictures_in_the_batch(tokenizer, monkeypatch, clean):
+    told = {}
+
+    def word(claim, rng, language):
+        told[number] = claim
+        return "a caption"
+
+    monkeypatch.setattr(denoiser, "word", word)
+    batch = denoising_batches(latents_of(20), 5, clean, 0.5, 1100, tokenizer, seeded(LanguageModel, GLM).encoder)
+    for number in range(60):
+        batch(range(number, number + 1))
+    scenes = [example(5, number, clean=clean).scene for number in range(20)]
+    assert len(told) > 40
+    assert all(holds(claim, scenes[number % 20]) for number, claim in told.items())
+    assert not any(holds(claim, scenes[(number + 1) % 20]) for number, claim in told.items())
+
+
 def test_the_shares_of_two_processes_make_up_the_batch(batches):
     loss = seeded(DenoisingLoss, UNET, NoiseSchedule(ScheduleConfig()))
     whole = batches(range(8))
@@ -317,7 +336,8 @@ def test_captions_are_dropped_now_and_then_and_never_of_held_out_things(monkeypa
         return "a caption"
 
     monkeypatch.setattr(denoiser, "word", word)
-    captions = [new_caption(0, number % 500, clean, 0.5, generator(3, number)) for number in range(2500)]
+    scenes = [example(0, number, clean=clean).scene for number in range(500)]
+    captions = [new_caption(scenes[number % 500], 0.5, generator(3, number)) for number in range(2500)]
     assert captions.count("") / 2500 == pytest.approx(0.1, abs=0.02)
     assert captions.count("a caption") == len(claims) == 2500 - captions.count("")
     assert languages.count("zh") / len(languages) == pytest.approx(0.5, abs=0.03)
