@@ -536,9 +536,9 @@ def test_progress_and_ctrl_c(small_checkpoint, tmp_path):
     termios.tcsetwinsize(terminal, (24, 100))
     command = [sys.executable, "-m", "kolors_ref.cli", "a cat", "--model", str(small_checkpoint), *SMALL[:4]]
     command += ["--steps", "1000"]
-    heard = signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts with & is deaf to Ctrl-C
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts with & is deaf to Ctrl-C
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=its_side, env=ENVIRONMENT, cwd=tmp_path)
-    signal.signal(signal.SIGINT, heard)
+    signal.signal(signal.SIGINT, before)
     os.close(its_side)
     shown, deadline = b"", time.monotonic() + 60
     try:

@@ -168,16 +168,15 @@ def denoising_batches(
 
     A picture comes again and again, each time with another caption and other noise.
     """
-    scene = cache(lambda number: example(seed, number, clean=clean).scene)  # drawing it by lot takes longest
+    scene = cache(lambda row: example(seed, row, clean=clean).scene)
 
     def batch(numbers: range) -> tuple[Tensor, ...]:
         """The arguments of `DenoisingLoss.forward`."""
-        captions, noises = [], []
-        for number in numbers:
-            rng = generator(seed + 3, number)
-            captions.append(new_caption(scene(number % len(cached.latents)), dense_share, rng))
-            noises.append(unit_noise(seed, number, tuple(cached.latents.shape[1:])))
         rows = [number % len(cached.latents) for number in numbers]
+        captions, noises = [], []
+        for number, row in zip(numbers, rows, strict=True):
+            captions.append(new_caption(scene(row), dense_share, generator(seed + 3, number)))
+            noises.append(unit_noise(seed, number, tuple(cached.latents.shape[1:])))
         timestep = draw_timesteps(numbers, num_timesteps)
         sizes = size_conditions(torch.where(cached.small[rows], CANVAS / 2, float(CANVAS)))
         with torch.no_grad():
