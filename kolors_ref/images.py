@@ -29,26 +29,26 @@ ROUNDING = 1e-3
 MAX_ASPECT = 500
 """The longest picture, as long side over short side, that is scaled up to CLIP's size before the crop."""
 
-READ_ERRORS = (OSError, SyntaxError, EOFError, RuntimeError)
-"""What Pillow's readers raise on damaged files, each format in its own way."""
+FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TGA", "TIFF", "WEBP")
+"""The formats that are read, in Pillow's names: others are seldom met, and EPS would be run as a program."""
 
 
 def load_image(path: str | os.PathLike) -> Image.Image:
     """Read a picture file: upright (EXIF orientation applied), RGB, transparency laid over white.
 
-    Raises FileNotFoundError for a missing file, and ValueError for one that is damaged, of a format unknown to Pillow,
-    or so large that Pillow takes it for a decompression bomb.
+    Raises FileNotFoundError for a missing file, and ValueError for one that is damaged, of none of the `FORMATS`, or so
+    large that Pillow takes it for a decompression bomb.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no picture file at {path}.")
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
             image.load()
             return _to_rgb(image)
     except Image.DecompressionBombError as error:
         raise ValueError(f"{path} has more pixels than Pillow opens safely ({Image.MAX_IMAGE_PIXELS * 2}).") from error
-    except READ_ERRORS as error:
+    except Exception as error:  # Pillow's readers raise many kinds on damaged files
         raise ValueError(f"{path} cannot be read as a picture ({error}).") from error
 
 
@@ -169,7 +169,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         raise ValueError(f"a picture has no pixels: its height and width are {(image.height, image.width)}.")
     try:
         image = ImageOps.exif_transpose(image)
-    except READ_ERRORS as error:  # an opened file whose pixels are read only here
+    except Exception as error:  # an opened file whose pixels are read only here, see `load_image`
         raise ValueError(f"a picture cannot be read from its file ({error}).") from error
     if image.mode == "F":
         raise ValueError("a Pillow image of floats (mode F) has no known range: convert it to RGB first.")

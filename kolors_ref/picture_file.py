@@ -51,13 +51,14 @@ def read_parameters(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"there is no picture {path} to repeat")
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=("PNG",)) as image:
             image.load()
-            parameters = json.loads(image.info[KEY])
-    except KeyError:
-        raise ValueError(f"{path} holds no parameters; only pictures made by kolors-ref can be repeated") from None
-    except (OSError, SyntaxError, ValueError, EOFError, RuntimeError, Image.DecompressionBombError) as error:
+            text = image.info.get(KEY)
+        parameters = None if text is None else json.loads(text)
+    except Exception as error:  # Pillow's readers raise many kinds on damaged files
         raise ValueError(f"{path} cannot be read as a picture made by kolors-ref") from error
+    if text is None:
+        raise ValueError(f"{path} holds no parameters; only pictures made by kolors-ref can be repeated")
     if not isinstance(parameters, dict):
         raise ValueError(f"{path} holds parameters that are not understood")
     return parameters

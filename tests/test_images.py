@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 import torch
 from diffusers.image_processor import VaeImageProcessor
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from kolors_ref.images import clip_pixels, from_pixels, load_image, to_pixels
+from kolors_ref.picture_file import read_parameters
 
 ORACLE = VaeImageProcessor(vae_scale_factor=8)
 SIZES = [(64, 48), (45, 77), (8, 8), (31, 200)]
@@ -203,7 +204,7 @@ def one_sentence(caught):
 # ---- from files
 
 
-@pytest.mark.parametrize("suffix", ["png", "jpg", "gif", "webp", "bmp", "tif"])
+@pytest.mark.parametrize("suffix", ["png", "jpg", "gif", "webp", "bmp", "tif", "avif", "tga", "ppm"])
 def test_files_are_read(tmp_path, suffix):
     path = tmp_path / f"picture.{suffix}"
     rgb(30, 50).save(path)
@@ -232,6 +233,29 @@ def test_damaged_files(tmp_path, kind, damage):
     if damage == "truncated" and kind in ("PNG", "JPEG"):  # opened, and damaged only where the pixels are read
         with pytest.raises(ValueError, match="cannot be read"):
             to_pixels(Image.open(path))
+
+
+@pytest.mark.parametrize("suffix", ["png", "webp"])
+def test_a_damaged_orientation(tmp_path, suffix):
+    """Pillow reads it late, and raises struct.error."""
+    path = tmp_path / f"damaged.{suffix}"
+    rgb(8, 8).save(path, exif=b"Exif\0\0II*\0")
+    for read in (load_image, lambda path: to_pixels(Image.open(path))):
+        with pytest.raises(ValueError, match="cannot be read"):
+            read(path)
+
+
+def test_a_picture_is_not_run_as_a_program(tmp_path, monkeypatch):
+    """Pillow hands PostScript to Ghostscript, whatever the file is called."""
+    calls = []
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *arguments, **options: calls.append(arguments))
+    (tmp_path / "a.png").write_bytes(
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n%%EOF\n"
+    )
+    for read in (load_image, read_parameters):
+        with pytest.raises(ValueError, match="cannot be read as a picture"):
+            read(tmp_path / "a.png")
+    assert not calls
 
 
 def test_a_decompression_bomb(tmp_path, monkeypatch):
