@@ -7,7 +7,15 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from weights_conversion.files import find_weights, open_file, open_weights, read_json
+from weights_conversion.files import (
+    check_numbers,
+    find_weights,
+    is_plain,
+    load_pickle,
+    open_file,
+    open_weights,
+    read_json,
+)
 from weights_conversion.keymaps import clip as clip_names
 from weights_conversion.keymaps import ip_adapter as adapter_names
 
@@ -95,8 +103,11 @@ def load_image_encoder(
         if ours not in clip_names.TABLE.unused:
             state[ours] = tensors[name]
     _check_names(state, clip_names.TABLE.names(asdict(config)) - clip_names.TABLE.unused, weights)
-    with unfilled():
-        model = CLIPVision(config)
+    try:
+        with unfilled():
+            model = CLIPVision(config)
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise ValueError(f"{where} asks for sizes that cannot be built: {str(error).splitlines()[0]}.") from error
     _fill(model, state, weights, dtype, device)
     return model
 
@@ -137,28 +148,21 @@ def _open_nested(path: Path) -> dict[str, Tensor]:
     """The tensors of a pickle with one level of dictionaries, names joined by a dot."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist or is not a file.")
-    try:
-        parts = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except Exception as error:  # torch raises many kinds on a damaged or hostile file, none with a short message
-        hostile = "Weights only load failed" in str(error)
-        reason = "it holds Python objects other than tensors" if hostile else "it is damaged or in a format before 2020"
-        raise ValueError(f"{path} is refused: {reason}.") from None
-    nested = isinstance(parts, dict) and all(isinstance(part, dict) for part in parts.values())
-    tensors = {f"{name}.{inner}": t for name, part in parts.items() for inner, t in part.items()} if nested else {}
-    if not tensors or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
-        raise ValueError(f"{path} does not hold the two dictionaries of tensors image_proj and ip_adapter.")
-    return tensors
+    parts = load_pickle(path)
+    if not parts or not isinstance(parts, dict) or not all(is_plain(part) for part in parts.values()):
+        raise ValueError(f"{path} does not hold the two dictionaries of dense tensors image_proj and ip_adapter.")
+    return {f"{name}.{inner}": tensor for name, part in parts.items() for inner, tensor in part.items()}
 
 
 def _read_sizes(state: Mapping[str, Tensor], num_layers: int, path: Path) -> IPAdapterConfig:
     """The sizes of an adapter, read off its shapes; those that do not fit together are found when it is built."""
     try:
         _, num_queries, width = state["resampler.queries"].shape
-        numbers = [int(name.split(".")[2]) for name in state if name.startswith("resampler.layers.")]
+        numbers = {name.split(".")[2] for name in state if name.startswith("resampler.layers.")}
         return IPAdapterConfig(
             image_dim=state["resampler.proj_in.weight"].shape[1],
             width=width,
-            depth=max(numbers) + 1,
+            depth=len(numbers),
             heads=state["resampler.layers.0.attn.q.weight"].shape[0] // HEAD_DIM,
             head_dim=HEAD_DIM,
             num_queries=num_queries,
@@ -185,5 +189,6 @@ def _fill(
         if state[name].shape != parameter.shape:
             found, right = tuple(state[name].shape), tuple(parameter.shape)
             raise ValueError(f"{path}: the tensor {name!r} (our name) has the shape {found} instead of {right}.")
+        check_numbers(state[name], f"{path}: the tensor {name!r} (our name)")
     model.load_state_dict({name: tensor.to(device, dtype) for name, tensor in state.items()}, assign=True)
     model.eval().requires_grad_(False)

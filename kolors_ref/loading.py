@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from weights_conversion import open_checkpoint
 from weights_conversion.checkpoint import Checkpoint, Network
+from weights_conversion.files import FLOATS, check_numbers
 
 from .allocator import keep_freed_memory
 from .config import GLMConfig, UNetConfig, VAEConfig
@@ -27,8 +28,6 @@ from .tokenizer import Tokenizer
 from .unfilled import unfilled
 
 NETWORKS = {"text_encoder": (GLMEncoder, GLMConfig), "unet": (UNet, UNetConfig), "vae": (VAE, VAEConfig)}
-FORMATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-"""The number formats that weights may have, and that can be computed in."""
 EMBEDDED = "mini"
 """What the embedded miniature is called; a folder of that name is "./mini"."""
 WEIGHTS = Path(__file__).parent / "mini" / "weights"
@@ -67,8 +66,8 @@ def load_parts(
     tokenizer = Tokenizer(checkpoint.tokenizer)
     check_fit(tokenizer, *(networks[name].config for name in NETWORKS))
     device = check_device(device)
-    if dtype is not None and dtype not in FORMATS:
-        raise ValueError(f"dtype is {dtype!r}; it must be one of {', '.join(map(str, FORMATS))}")
+    if dtype is not None and dtype not in FLOATS:
+        raise ValueError(f"dtype is {dtype!r}; it must be one of {', '.join(map(str, FLOATS))}")
     dtype = dtype or default_dtype(networks["unet"], device)
     if offload is None:
         offload = "none" if compile else default_offload(networks, dtype, device)
@@ -149,19 +148,6 @@ def compile_blocks(unet: UNet) -> None:
     for module in unet.modules():
         if isinstance(module, TransformerBlock):
             module.compile()
-
-
-def check_numbers(tensor: Tensor, what: str) -> None:
-    """Raises ValueError unless every number is a finite float; reads the tensor once and allocates nothing.
-
-    A sum is finite only if all its terms are, and is taken as fast as memory is read; bounds decide if it overflows.
-    """
-    if tensor.dtype not in FORMATS:
-        raise ValueError(
-            f"{what} is of the format {str(tensor.dtype).removeprefix('torch.')}; only floats are supported"
-        )
-    if not tensor.sum().isfinite() and not all(bound.isfinite() for bound in tensor.aminmax()):
-        raise ValueError(f"{what} holds NaN or infinity in the file; the checkpoint is damaged")
 
 
 def check_complete(checkpoint: Checkpoint) -> None:

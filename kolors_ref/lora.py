@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from weights_conversion.files import check_numbers
 from weights_conversion.lora import LoRA, LowRank, read_lora, save_lora
 
 from .models.unet import Upsample
@@ -246,6 +247,9 @@ def load(networks: Mapping[str, nn.Module], path: str | Path, scale: float = 1.0
         if network not in networks:
             raise ValueError(f"{path} has {len(updates)} updates for a network that is not there, the {network}.")
         _check_fit(networks[network], updates)
+        for layer, low_rank in updates.items():
+            for matrix in (low_rank.down, low_rank.up):
+                check_numbers(matrix.double(), f"{path}: the update of {network}.{layer}")
     if name in _loaded(networks):
         raise ValueError(f"A LoRA named {name!r} is loaded already: unload it or choose another name.")
     for network, updates in lora.networks.items():

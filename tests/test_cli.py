@@ -17,8 +17,8 @@ from PIL import Image
 from test_picture_file import png_with
 
 from kolors_ref import KolorsPipeline, cli
-from kolors_ref.loading import FORMATS
 from kolors_ref.picture_file import read_parameters
+from weights_conversion.files import FLOATS
 
 SMALL = ["--height", "64", "--width", "64", "--steps", "1"]
 ROOT = Path(__file__).parents[1]
@@ -220,7 +220,7 @@ def test_repeat_makes_the_same_picture(kolors, options):
 
 def test_every_format_of_weights_can_be_repeated():
     """A picture records the one that it was computed in."""
-    assert set(cli.DTYPES) == {str(dtype).removeprefix("torch.") for dtype in FORMATS}
+    assert set(cli.DTYPES) == {str(dtype).removeprefix("torch.") for dtype in FLOATS}
 
 
 def test_repeat_of_a_picture_started_from_another(kolors):

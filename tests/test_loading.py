@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 from test_lora import updates
 
 from kolors_ref import KolorsPipeline, cli, lora
-from kolors_ref.loading import FORMATS, check_numbers
 from kolors_ref.sampling import DPMSolverPP, Euler
 from weights_conversion import convert
+from weights_conversion.files import FLOATS, check_numbers
 
 NETWORKS = ("text_encoder", "unet", "vae")
 WEIGHTS = {
@@ -385,7 +385,8 @@ BROKEN = {
     ),
     "heads": (lambda f: edit_json(f / "unet" / "config.json", attention_head_dim=[2, 5, 4]), "num_heads is 5"),
     "key groups": (lambda f: edit_json(f / "text_encoder" / "config.json", num_attention_heads=3), "num_kv_groups"),
-    "many layers": (lambda f: edit_json(f / "text_encoder" / "config.json", num_layers=10**4), "is incomplete"),
+    "more layers": (lambda f: edit_json(f / "text_encoder" / "config.json", num_layers=90), "is incomplete"),
+    "many layers": (lambda f: edit_json(f / "text_encoder" / "config.json", num_layers=10**12), "more than 100"),
     "wide layers": (lambda f: edit_json(f / "text_encoder" / "config.json", ffn_hidden_size=10**30), "config"),
     "huge layers": (lambda f: edit_json(f / "text_encoder" / "config.json", ffn_hidden_size=2**60), "config"),
     "tokenizer": (lambda f: write(f / "tokenizer" / "tokenizer.model", b"nonsense"), "not a SentencePiece model"),
@@ -410,7 +411,7 @@ def test_broken_checkpoints(checkpoint_copy, tmp_path, monkeypatch, capsys, how)
     assert os.listdir(here) == []
 
 
-@pytest.mark.parametrize("dtype", FORMATS, ids=str)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_damaged_numbers(dtype):
     """Wherever NaN or infinity stands it is found; numbers as large as the format holds are no damage."""
     largest = torch.full((3, 700), torch.finfo(dtype).max, dtype=dtype)

@@ -98,6 +98,15 @@ def same_tensors(one, other):
 # ---- names
 
 
+def test_a_strength_that_has_no_room(unet, tmp_path):
+    """An older name has no place for an alpha, and fp16 none for its product."""
+    large = {"conv_in": replace(updates(unet, LAYERS)["conv_in"], alpha=1e9)}
+    large["conv_in"] = replace(large["conv_in"], up=large["conv_in"].up.half())
+    with pytest.raises(ValueError, match="overflows"):
+        save_lora(tmp_path / "a.safetensors", LoRA({"unet": large}), "diffusers")
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("naming", NAMINGS)
 @pytest.mark.parametrize(("network", "model"), [("unet", UNet(UNET)), ("text_encoder", GLMEncoder(GLM))])
 def test_every_layer_there_and_back(network, model, naming):
@@ -369,6 +378,17 @@ def test_load_and_unload(unet, glm, tmp_path):
     unload(networks)
 
 
+def test_numbers_that_are_none(unet, tmp_path):
+    """The file is named; else the UNet would be said to give NaN."""
+    path = tmp_path / "style.safetensors"
+    broken = updates(unet, LAYERS)
+    broken["conv_in"].up[0, 0] = torch.nan
+    save_lora(path, LoRA({"unet": broken}))
+    with pytest.raises(ValueError, match=r"style.safetensors: the update of unet.conv_in holds NaN or infinity"):
+        load({"unet": unet}, path)
+    assert attached(unet) == []
+
+
 def test_all_networks_or_none(unet, glm, tmp_path):
     path = tmp_path / "style.safetensors"
     wrong = {"layers.9.attn.qkv": updates(glm, {"layers.1.attn.qkv": 2})["layers.1.attn.qkv"]}
@@ -476,6 +496,7 @@ IN = "unet.conv_in"
         (put(f"{IN}.lora_B.weight", torch.ones(8, 3, 1, 1, dtype=torch.int8)), "are not two matrices of one rank"),
         (put(f"{IN}.alpha", torch.ones(2)), "'unet.conv_in.alpha' must be one finite number"),
         (put(f"{IN}.alpha", torch.tensor(math.nan)), "must be one finite number"),
+        (put(f"{IN}.alpha", torch.tensor(1j)), "must be one finite number"),
         (lambda tensors: {}, "holds no tensors"),
     ],
 )
@@ -495,7 +516,12 @@ def test_files_that_are_no_lora_for_kolors(file, change, message):
         ('{"lora_alpha": "x"}', "'lora_alpha' must be one finite number"),
         ('{"unet.lora_alpha": NaN}', "'lora_alpha' must be one finite number"),
         ('{"unet.alpha_pattern": [1]}', "alpha_pattern is"),
-        ('{"unet.alpha_pattern": {"(": 1}}', "is not a regular expression"),
+        ('{"unet.alpha_pattern": {"(": 1}}', "is not understood: missing"),
+        (json.dumps({"unet.alpha_pattern": {"(" * 5000 + ")" * 5000: 1}}), "alpha_pattern is not understood"),
+        (r'{"unet.alpha_pattern": {"((\\w|\\.)+)+!": 1}}', "is not understood: only names are"),
+        ('{"unet.alpha_pattern": {".*.*.*.*.*.*.*.*!": 1}}', "is not understood: only names are"),
+        ('{"unet.alpha_pattern": {"a{99999999999999999999}": 1}}', "is not understood: only names are"),
+        ('{"lora_alpha": 1' + "0" * 400 + "}", "'lora_alpha' must be one finite number"),
     ],
 )
 def test_damaged_settings(file, settings, message):
@@ -514,6 +540,9 @@ def test_damaged_settings(file, settings, message):
         ({"unet.lora_alpha": 5, "text_encoder.lora_alpha": 7, "unet.use_rslora": True}, 5 * 3**0.5),
         ({"unet.lora_alpha": 5, "unet.alpha_pattern": {"in": 9, "conv_in": 8, "conv.*": 7}}, 8),
         ({"unet.lora_alpha": 5, "unet.alpha_pattern": {"conv_.*": 7}}, 7),
+        ({"unet.lora_alpha": 5, "unet.alpha_pattern": {"^conv_in$": 7}}, 7),
+        ({"unet.lora_alpha": 5, "unet.alpha_pattern": {r"blocks\.\d+\.(in|out)|conv_(in|out)": 7}}, 7),
+        ({"unet.lora_alpha": 5, "unet.alpha_pattern": {r"blocks\.[0-9]+\..*": 7}}, 5),
     ],
 )
 def test_where_alphas_come_from(file, settings, alpha):

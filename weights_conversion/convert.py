@@ -33,7 +33,8 @@ def convert(
 
     to: "kolors-ref" or "diffusers". dtype: cast every floating-point tensor, the GLM's rotation frequencies included,
     since the official text encoder rotates in their format. force: replace a checkpoint that stands there already.
-    Raises what open_checkpoint raises; ValueError for an incomplete source or a destination that is unsafe;
+    Raises what open_checkpoint raises; ValueError for an incomplete source, a destination that is unsafe, or a number
+    that `dtype` is too narrow for;
     FileExistsError, FileNotFoundError for a destination in the way or without a parent; OSError for a full disk.
     """
     writers = {"kolors-ref": _write_kolors_ref, "diffusers": _write_diffusers}

@@ -29,6 +29,8 @@ DTYPE_NAMES = {
 }
 """The names of number formats in a safetensors header."""
 
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""The number formats that weights may have, and that can be computed in."""
 STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
 CHUNK = 1 << 24  # numbers that are cast, written or compared at a time
 
@@ -87,20 +89,43 @@ def open_file(path: Path) -> Mapping[str, Tensor]:
         return SafetensorsFile(path)
     if path.suffix != ".bin":
         raise ValueError(f"{path} is neither a .safetensors nor a .bin file.")
-    try:
-        tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except Exception as error:  # torch raises many kinds on a damaged or hostile file, none with a short message
-        hostile = "Weights only load failed" in str(error)
-        reason = "it holds Python objects other than tensors" if hostile else "it is damaged or in a format before 2020"
-        raise ValueError(f"{path} is refused: {reason}.") from None
-    if not isinstance(tensors, dict) or not all(_is_plain(*item) for item in tensors.items()):
+    tensors = load_pickle(path)
+    if not is_plain(tensors):
         raise ValueError(f"{path} does not hold a plain dictionary of names and dense tensors.")
     return tensors
 
 
-def _is_plain(name: Any, tensor: Any) -> bool:
+def load_pickle(path: Path) -> Any:
+    """What a .bin file holds, its tensors mapped; no code in it is run. Raises ValueError."""
+    try:
+        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except Exception as error:  # torch raises many kinds on a damaged or hostile file, none with a short message
+        hostile = "Weights only load failed" in str(error)
+        reason = "it holds Python objects other than tensors" if hostile else "it is damaged or in a format before 2020"
+        raise ValueError(f"{path} is refused: {reason}.") from None
+
+
+def is_plain(tensors: Any) -> bool:
+    """Whether this is a dictionary of names and dense tensors."""
+    return isinstance(tensors, dict) and all(_is_dense(*item) for item in tensors.items())
+
+
+def _is_dense(name: Any, tensor: Any) -> bool:
     dense = isinstance(tensor, Tensor) and tensor.layout == torch.strided and not tensor.is_quantized
     return isinstance(name, str) and dense and tensor.device.type == "cpu"
+
+
+def check_numbers(tensor: Tensor, what: str) -> None:
+    """Raises ValueError unless every number is a finite float; reads the tensor once and allocates nothing.
+
+    A sum is finite only if all its terms are, and is taken as fast as memory is read; bounds decide if it overflows.
+    """
+    if tensor.dtype not in FLOATS:
+        raise ValueError(
+            f"{what} is of the format {str(tensor.dtype).removeprefix('torch.')}; only floats are supported."
+        )
+    if not tensor.sum().isfinite() and not all(bound.isfinite() for bound in tensor.aminmax()):
+        raise ValueError(f"{what} holds NaN or infinity in the file; the file is damaged.")
 
 
 def find_weights(folder: Path, variant: str | None) -> Path | None:
@@ -169,10 +194,17 @@ def dtype_in_file(tensor: Tensor, dtype: torch.dtype | None) -> torch.dtype:
     return dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
 
 
-def byte_chunks(tensor: Tensor, dtype: torch.dtype | None = None) -> Iterator[Tensor]:
-    """The bytes of a tensor in order, cast to `dtype`, as flat uint8 tensors of at most CHUNK numbers each."""
+def byte_chunks(tensor: Tensor, dtype: torch.dtype | None = None, name: str = "") -> Iterator[Tensor]:
+    """The bytes of a tensor in order, cast to `dtype`, as flat uint8 tensors of at most CHUNK numbers each.
+
+    Raises ValueError, with the tensor's name, where a number would become infinite.
+    """
     for piece in tensor.detach().reshape(-1).split(CHUNK):
-        yield piece.to(dtype or tensor.dtype).view(torch.uint8)
+        cast = piece.to(dtype or tensor.dtype)
+        if cast.dtype != piece.dtype and (cast.isinf() & piece.isfinite()).any():
+            most = f"{torch.finfo(cast.dtype).max:g}, the most of {str(cast.dtype).removeprefix('torch.')}"
+            raise ValueError(f"The tensor {name!r} holds numbers beyond {most}: choose another format.")
+        yield cast.view(torch.uint8)
 
 
 def write_safetensors(
@@ -184,7 +216,8 @@ def write_safetensors(
     """Writes a .safetensors file tensor by tensor, so that less than one is in memory beside the mapped source.
 
     Format: eight bytes with the header's length, the header (JSON, padded to a multiple of eight), the data.
-    Floating-point tensors are cast to `dtype`; `on_bytes` is told about every piece written.
+    Floating-point tensors are cast to `dtype`; `on_bytes` is told about every piece written. Raises ValueError for a
+    tensor of an unknown format and one that `dtype` is too narrow for.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
@@ -204,6 +237,6 @@ def write_safetensors(
         file.write(len(encoded).to_bytes(8, "little") + encoded)
         for name in order:
             tensor = tensors[name]
-            for piece in byte_chunks(tensor, dtype_in_file(tensor, dtype)):
+            for piece in byte_chunks(tensor, dtype_in_file(tensor, dtype), name):
                 file.write(piece.numpy().data)
                 on_bytes(piece.numel())

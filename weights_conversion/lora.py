@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import sys
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,6 +24,12 @@ METADATA = "lora_adapter_metadata"
 """Where the header of a safetensors file holds the settings of PEFT, each under `network.setting`, as JSON."""
 
 FILE_NAMES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors", "pytorch_lora_weights.bin")
+NAME = re.compile(r"[\w.-]+")
+VARYING = re.compile(r"(?:[\w.|()^$-]|\\[.d]|\[[\d-]+\]|(?<=[\w.\]])[*+])*")
+"""Patterns of layers: a name, and a regular expression whose groups are not repeated."""
+MOST_REPEATS = 2
+SHOWN = 60
+"""Characters of a wrong pattern that are shown."""
 OTHER_KINDS = {"dora_scale": "DoRA", "lora_magnitude_vector": "DoRA", "lokr_": "LoKr", "hada_": "LoHa"}
 
 
@@ -151,27 +158,40 @@ def _settings(path: Path) -> dict[str, Any]:
 
 
 def _alpha(settings: dict[str, Any], network: str, official: str, rank: int, path: Path) -> float:
-    """A layer's alpha by the settings of PEFT, whose patterns are regular expressions for the end of a layer's name."""
+    """A layer's alpha by the settings of PEFT, whose patterns are for the end of a layer's name."""
     prefix = f"{network}."
     own = {key.removeprefix(prefix): value for key, value in settings.items() if key.startswith(prefix)} or settings
     alpha, patterns = own.get("lora_alpha", rank), own.get("alpha_pattern") or {}
     if not isinstance(patterns, dict):
         raise ValueError(f"{path}: alpha_pattern is {patterns!r}, and an object of names and numbers is needed.")
     for pattern, value in patterns.items():
-        try:
-            fits = re.match(rf"(.*\.)?({pattern})$", official)
-        except re.error as error:
-            raise ValueError(f"{path}: {pattern!r} in alpha_pattern is not a regular expression: {error}.") from None
-        if fits:
+        if _fits(pattern, official, path):
             alpha = value
             break
     alpha = _number(alpha, "lora_alpha", path)
     return alpha * math.sqrt(rank) if own.get("use_rslora") else alpha  # rsLoRA divides by the root of the rank
 
 
+def _fits(pattern: str, official: str, path: Path) -> bool:
+    """Whether a pattern is for a layer: its whole name, or the end of it from a dot on.
+
+    PEFT's patterns are regular expressions. A file may come from anywhere, and some expressions take for ever; so what
+    is understood is a name, and one whose numbers or parts vary.
+    """
+    if NAME.fullmatch(pattern):
+        return f".{official}".endswith(f".{pattern}")
+    try:
+        if not VARYING.fullmatch(pattern) or pattern.count("*") + pattern.count("+") > MOST_REPEATS:
+            raise re.error("only names are, with \\d+ or .* for what varies")
+        return re.match(rf"(.*\.)?({pattern})$", official) is not None
+    except (re.error, RecursionError, OverflowError) as error:
+        raise ValueError(f"{path}: {pattern[:SHOWN]!r} in alpha_pattern is not understood: {error}.") from None
+
+
 def _number(value: Any, name: str, path: Path) -> float:
-    single = value.numel() == 1 if isinstance(value, Tensor) else isinstance(value, int | float)
-    if not single or not math.isfinite(float(value)):
+    if isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex():
+        value = value.item()
+    if not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:
         raise ValueError(f"{path}: {name!r} must be one finite number.")
     return float(value)
 
@@ -186,7 +206,8 @@ def save_lora(path: str | Path, lora: LoRA, naming: str = "peft", force: bool = 
     no place for an alpha: the strength is multiplied into `up`, rounded to its number format) or "kohya".
     force: replace a file that stands there already.
 
-    Raises ValueError for an unknown naming, another suffix, an empty LoRA or a layer that Kolors does not have;
+    Raises ValueError for an unknown naming, another suffix, an empty LoRA, a layer that Kolors does not have or a
+    strength that overflows in `up`;
     FileExistsError, FileNotFoundError for a path that is taken or has no parent folder; OSError for a full disk.
     """
     path = Path(path)
@@ -225,7 +246,10 @@ def _parts(low_rank: LowRank, naming: str) -> dict[str, Tensor]:
     if naming == "peft":
         return {"down": low_rank.down, "up": low_rank.up}
     if naming == "diffusers":
-        return {"down": low_rank.down, "up": (low_rank.up.double() * low_rank.strength).to(low_rank.up.dtype)}
+        up = (low_rank.up.double() * low_rank.strength).to(low_rank.up.dtype)
+        if up.isinf().any():
+            raise ValueError(f"An update times its strength, {low_rank.strength:g}, overflows: choose another naming.")
+        return {"down": low_rank.down, "up": up}
     alpha = torch.tensor(low_rank.alpha, dtype=torch.float64)
     return {"down": low_rank.down, "up": low_rank.up, "alpha": alpha.float() if alpha == alpha.float() else alpha}
 

@@ -158,6 +158,8 @@ def test_what_has_no_effect_passes():
         ({"channels": [320, 640]}, "channels"),
         ({"channels": "wide"}, "channels"),
         ({"norm_groups": 2.5}, "norm_groups"),
+        ({"layers_per_block": 10**12}, "layers_per_block asks for more than 100 layers"),
+        ({"transformer_depth": [0, 1, 10**12]}, "transformer_depth asks for more than 100 layers"),
         ({"new": 1}, "new"),
     ],
 )

@@ -122,6 +122,16 @@ def test_casting(shared_kolors, pipeline, tmp_path, dtype, to):
     assert torch.equal(networks["text_encoder"].tensors["rope.inv_freq"], inv_freq.to(dtype))
 
 
+def test_a_format_that_is_too_narrow(diffusers_folder, edit_weights, tmp_path):
+    """Infinities would be found only when the checkpoint is used."""
+    path = diffusers_folder / "unet" / "diffusion_pytorch_model.safetensors"
+    edit_weights(path, lambda tensors: tensors["conv_in.bias"].fill_(1e5))
+    with pytest.raises(ValueError, match=r"The tensor 'conv_in.bias' holds .* beyond 65504, the most of float16"):
+        convert(diffusers_folder, tmp_path / "narrow", dtype=torch.float16)
+    assert not list(tmp_path.glob("*narrow*"))
+    convert(diffusers_folder, tmp_path / "wide", dtype=torch.bfloat16)
+
+
 def test_files_without_the_unused_tensors(diffusers_folder, edit_weights, tmp_path):
     """Some text encoders come without an output head; they convert as they are."""
     path = diffusers_folder / "text_encoder" / "model.safetensors"

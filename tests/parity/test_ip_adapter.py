@@ -248,6 +248,11 @@ def changed(part, drop=None, **added):
     return parts
 
 
+def filled(name, value, dtype=torch.float32):
+    like = official_parts()["image_proj"][name.replace("__", ".")]
+    return changed("image_proj", **{name: torch.full(like.shape, value, dtype=dtype)})
+
+
 X = torch.zeros(2, 2)
 BROKEN = {
     "other kind": (lambda: {"image_proj": {"proj.weight": X}, "ip_adapter": {}}, "another kind of IP-Adapter"),
@@ -262,6 +267,13 @@ BROKEN = {
     "no number": (lambda: changed("ip_adapter", odd=X), "ip_adapter.odd"),
     "unknown": (lambda: changed("image_proj", odd=X), "image_proj.odd"),
     "wrong shape": (lambda: changed("image_proj", proj_in__bias=X), "proj_in.bias.* instead of"),
+    "far layer": (
+        lambda: changed("image_proj", **{"layers__999999999999__0__norm1__weight": X}),
+        "incomplete: 11 tensors",
+    ),
+    "not a number": (lambda: filled("proj_in__bias", torch.nan), "'resampler.proj_in.bias' .* holds NaN or infinity"),
+    "whole numbers": (lambda: filled("proj_in__bias", 1, torch.int64), "is of the format int64"),
+    "complex": (lambda: filled("proj_in__bias", 1j, torch.complex64), "is of the format complex64"),
     "queries of two axes": (lambda: changed("image_proj", latents=X), "sizes"),
     "channels": (lambda: changed("ip_adapter", **{"1__to_k_ip__weight": X}), "made for another UNet: layer 0 has 2"),
 }
@@ -310,10 +322,26 @@ def test_damaged_and_missing_files(tmp_path, suffix, content):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("parts", [[1], {"image_proj": X}, {"image_proj": {"latents": 1}}, {}])
+def nested(tensor):
+    return {"image_proj": {"latents": tensor}, "ip_adapter": {"1.to_k_ip.weight": X}}
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        [1],
+        {},
+        {"image_proj": X},
+        nested(1),
+        nested(X.to("meta")),
+        nested(X.to_sparse()),
+        nested(torch.quantize_per_tensor(X, 1.0, 0, torch.qint8)),
+    ],
+    ids=["list", "empty", "flat", "number", "meta", "sparse", "quantized"],
+)
 def test_pickles_of_another_form(tmp_path, parts):
     torch.save(parts, tmp_path / "odd.bin")
-    with pytest.raises(ValueError, match="two dictionaries of tensors"):
+    with pytest.raises(ValueError, match="two dictionaries of dense tensors"):
         read_ip_adapter(tmp_path / "odd.bin", UNET)
 
 

@@ -9,6 +9,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+COUNTS = ("num_layers", "layers", "layers_per_block", "transformer_depth")
+MOST = 100
+"""The most layers in a row, and levels, of a network; a text encoder of the official kind has 28."""
 KINDS = {int: "a positive whole number", float: "a number", tuple: "a list of whole numbers"}
 
 
@@ -48,7 +51,7 @@ class ConfigTable:
             if any(entry != wanted for entry in entries):
                 raise ValueError(f"{where}: {name} is {value!r}, and only {wanted!r} is supported.")
         copied = {ours: read(config, name, self.ours[ours], where) for name, ours in self.copied.items()}
-        return {**copied, **self.rest_to_ours(config, where)}
+        return checked_counts({**copied, **self.rest_to_ours(config, where)}, where)
 
     def to_official(self, ours: dict) -> dict[str, Any]:
         """The official config for one of ours."""
@@ -64,7 +67,16 @@ class ConfigTable:
         lengths = {field: len(value) for field, value in checked.items() if isinstance(value, tuple)}
         if len(set(lengths.values())) > 1:
             raise ValueError(f"{where}: {', '.join(lengths)} must have the same number of entries, one for each level.")
-        return checked
+        return checked_counts(checked, where)
+
+
+def checked_counts(config: dict[str, Any], where: str) -> dict[str, Any]:
+    """Our config, unless it asks for so many layers that their names alone would fill the memory: ValueError."""
+    for field, value in config.items():
+        entries = value if isinstance(value, tuple) else (value,)
+        if len(entries) > MOST or (field in COUNTS and max(entries) > MOST):
+            raise ValueError(f"{where}: {field} asks for more than {MOST} layers or levels.")
+    return config
 
 
 def read(config: dict, name: str, kind: type, where: str, length: int | None = None) -> Any:
