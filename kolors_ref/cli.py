@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from .mini.recipe import Recipe
-from .picture_file import check_writable, content_hash, read_parameters, save_picture
+from .picture_file import check_png, check_writable, content_hash, read_parameters, save_picture
+from .terminal import one_line, show_all_names
 
 if TYPE_CHECKING:
     from .pipeline import KolorsPipeline
@@ -38,12 +39,13 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Says what is wrong and exits with status 2."""
-        self.exit(2, f"kolors-ref: error: {message}\n")
+        self.exit(2, f"kolors-ref: error: {one_line(message)}\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; gives the exit status: 0, 2 for a mistake of the user's, 130 for an interruption."""
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch's switch for huge pages, read when it is loaded
+    show_all_names()
     try:
         options = parse(list(sys.argv[1:] if arguments is None else arguments))
         if options.command == "generate":
@@ -68,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def fail(error: Exception | str) -> int:
     """Says in one line what is wrong."""
-    print(f"kolors-ref: error: {' '.join(str(error).split())}", file=sys.stderr)
+    print(f"kolors-ref: error: {one_line(error)}", file=sys.stderr)
     return 2
 
 
@@ -83,6 +85,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     if options.repeat:
         recorded = read_parameters(options.repeat)
         inputs = recorded.get("inputs") if isinstance(recorded.get("inputs"), dict) else {}
+        given = input_files(options)  # whoever types a file wants it as it is now
+        inputs = {file: content for file, content in inputs.items() if Path(file) not in given}
         generate_parser.set_defaults(prompt=recorded.get("prompt"), index=recorded.get("index"), inputs=inputs)
         typed = {name for name in REPEATABLE if getattr(options, name)}  # they would be added to, not replaced
         recorded = {name: value for name, value in recorded.items() if name not in typed}
@@ -184,18 +188,18 @@ def add_evaluate(commands: "argparse._SubParsersAction[Parser]") -> None:
 
 
 def positive(text: str) -> float:
-    """Reads a number above 0."""
+    """Reads a number above 0, and not beyond 1000."""
     value = number(float, text)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    if not 0 < value <= 1000:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0 and at most 1000")
     return value
 
 
 def counting(text: str) -> int:
-    """Reads a whole number from 1."""
+    """Reads a whole number from 1 to a million million."""
     value = number(int, text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    if not 1 <= value <= 10**12:
+        raise argparse.ArgumentTypeError(f"{text} is not from 1 to 10^12")
     return value
 
 
@@ -221,7 +225,7 @@ def generate(options: argparse.Namespace) -> None:
     output = options.output or Path(f"kolors-{seed}.png")
     if options.repeat and options.output is None and output.exists() and output.samefile(options.repeat):
         raise ValueError(f"{output} would be overwritten, which is to be repeated; give another file with --output")
-    check_writable(output)
+    check_png(output)
 
     import torch
     from tqdm import tqdm
@@ -230,8 +234,7 @@ def generate(options: argparse.Namespace) -> None:
     from .pipeline import KolorsPipeline
     from .request import Request
 
-    loras = [split_scale(lora) for lora in options.lora or []]
-    inputs = check_inputs(options, [file for file, _ in loras])
+    inputs = check_inputs(options)
     request = Request(
         prompt=options.prompt,
         negative_prompt=options.negative_prompt,
@@ -254,6 +257,9 @@ def generate(options: argparse.Namespace) -> None:
         raise ValueError(
             f"{options.repeat} is picture {options.index} of its run, but {request.num_images} are asked for"
         )
+    paths = {index: output.with_stem(f"{output.stem}-{index}") if len(wanted) > 1 else output for index in wanted}
+    for path in paths.values():
+        check_writable(path)
     if options.seed is None:
         print(f"seed {seed}", file=sys.stderr)
     dtype = None if options.dtype is None else getattr(torch, options.dtype)
@@ -261,8 +267,8 @@ def generate(options: argparse.Namespace) -> None:
     pipe = KolorsPipeline.from_pretrained(options.model, dtype, *where)
     for adapter in options.ip_adapter or []:
         pipe.load_ip_adapter(adapter, options.image_encoder)
-    for file, scale in loras:
-        pipe.load_lora(file, scale)
+    for lora in options.lora or []:
+        pipe.load_lora(*split_scale(lora))
     denoising = pipe.denoise(**vars(request))
     latents = denoising.latents
     with tqdm(denoising, unit="step", disable=None) as steps:
@@ -271,16 +277,9 @@ def generate(options: argparse.Namespace) -> None:
             latents = step.latents
     images = pipe.decode(latents, tiled=options.decoding == "tiled")
     record = {**recorded(options, pipe, seed), "inputs": inputs}
-    for index in wanted:
-        path = output if len(wanted) == 1 else output.with_stem(f"{output.stem}-{index}")
+    for index, path in paths.items():
         save_picture(images[index], path, {**record, "index": index})
-        say(path)
-
-
-def say(path: Path) -> None:
-    """Prints a file name, whatever it holds and whatever the terminal can show."""
-    encoding = sys.stdout.encoding or "utf-8"
-    print(str(path).encode(encoding, "backslashreplace").decode(encoding))
+        print(path)
 
 
 def split_interval(interval: str | None) -> tuple[float, ...] | None:
@@ -302,16 +301,23 @@ def split_scale(lora: str) -> tuple[str, float]:
         raise ValueError(f"--lora {lora} has the scale {scale!r}; it must be a number") from None
 
 
-def check_inputs(options: argparse.Namespace, loras: Sequence[str]) -> dict[str, str]:
-    """Gives the content hash of every file beside the model; ValueError if one changed since the picture to repeat."""
-    inputs = {}
+def input_files(options: argparse.Namespace) -> list[Path]:
+    """Gives the files beside the model that a picture is made from."""
+    loras = [split_scale(lora)[0] for lora in options.lora or []]
     files = (options.unet, options.image, *(options.ip_image or []), *(options.ip_adapter or []), *loras)
-    for file in [Path(file) for file in files if file is not None]:
+    return [Path(file) for file in files if file is not None]
+
+
+def check_inputs(options: argparse.Namespace) -> dict[str, str]:
+    """Gives the content hash of every such file; ValueError if one changed since the picture to repeat was made."""
+    inputs = {}
+    for file in input_files(options):
         if file.is_file():
             inputs[str(file)] = content_hash(file)
             if inputs[str(file)] != options.inputs.get(str(file), inputs[str(file)]):
                 raise ValueError(
-                    f"{file} is no longer the file that {options.repeat} was made with; its content changed"
+                    f"{file} is no longer the file that {options.repeat} was made with; "
+                    "type its option too, to take it as it is"
                 )
     return inputs
 

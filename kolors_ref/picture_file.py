@@ -12,10 +12,14 @@ KEY = "kolors-ref"
 """The name of the PNG text chunk that holds the parameters, as JSON."""
 
 
-def check_writable(path: Path) -> None:
-    """Raises OSError or ValueError unless a PNG file can be written at path; leaves nothing behind."""
+def check_png(path: Path) -> None:
+    """Raises ValueError unless the name is that of a PNG file."""
     if path.suffix.lower() != ".png":
         raise ValueError(f"the output {path} must end in .png, the format that keeps the parameters")
+
+
+def check_writable(path: Path) -> None:
+    """Raises OSError unless a file can be written at path; leaves nothing behind."""
     if path.is_dir():
         raise IsADirectoryError(f"the output {path} is a folder; give the name of a file")
     if not path.parent.is_dir():
@@ -34,6 +38,8 @@ def save_picture(image: Image.Image, path: Path, parameters: dict[str, Any]) -> 
     text.add_itxt(KEY, json.dumps(parameters, ensure_ascii=False).encode(errors="backslashreplace").decode())
     try:
         image.save(partial(path), format="PNG", pnginfo=text)
+        with partial(path).open("rb") as file:
+            os.fsync(file.fileno())
         os.replace(partial(path), path)
     except OSError as error:
         raise OSError(f"the output {path} cannot be written: {error.strerror or error}") from error

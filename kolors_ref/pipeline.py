@@ -25,7 +25,7 @@ from .request import Request
 from .sampling import NoiseSchedule, Plan, Sampler, get_sampler
 from .sampling.guidance import GUIDANCE_SCALE
 from .sampling.noise import draw_noise
-from .text_layout import TextEmbeddings, concatenate, packed_layout, padded_layout
+from .text_layout import MOST_TOKENS, TextEmbeddings, concatenate, packed_layout, padded_layout
 from .tokenizer import MAX_LENGTH, Tokenizer
 
 Output = list[Image.Image] | np.ndarray | Tensor
@@ -137,15 +137,15 @@ class KolorsPipeline:
 
     @torch.no_grad()
     def encode_packed(self, prompts: str | Sequence[str], max_sequence_length: int = MAX_LENGTH) -> TextEmbeddings:
-        """Encodes N prompts in one pass, every distinct prompt once and without repeating its pads.
+        """Encodes N prompts in as few passes as pay, every distinct prompt once and without repeating its pads.
 
         Equal to `encode_prompt` in real arithmetic; see text_layout.py. Where pictures are computed apart, prompts are.
         """
         prompts = as_prompts("prompts", prompts)
         distinct = list(dict.fromkeys(prompts))
-        passes = [[prompt] for prompt in distinct] if is_apart(self.text_encoder.token_embed.weight) else [distinct]
-        layouts = [packed_layout(self.tokenizer(texts, max_sequence_length)) for texts in passes]
-        embeds = concatenate([layout.encode(self.text_encoder) for layout in layouts])
+        most = 1 if is_apart(self.text_encoder.token_embed.weight) else MOST_TOKENS
+        passes = self.tokenizer(distinct, max_sequence_length).split(most)
+        embeds = concatenate([packed_layout(tokens).encode(self.text_encoder) for tokens in passes])
         return embeds[[distinct.index(prompt) for prompt in prompts]]
 
     def load_ip_adapter(

@@ -20,6 +20,10 @@ KEY_MULTIPLE = 16
 """What the number of keys is rounded up to: attention takes a third less time over 32 keys than over 28 (CPU, fp32)."""
 
 
+MOST_TOKENS = 2048
+"""The tokens of one packed row: attention grows with the square of them, and soon takes longer than all else."""
+
+
 @dataclass(frozen=True)
 class TextEmbeddings:
     """What the UNet is conditioned on, for N prompts.
@@ -115,6 +119,8 @@ def padded_layout(tokens: TokenBatch) -> TextLayout:
 
 def packed_layout(tokens: TokenBatch) -> TextLayout:
     """Lays all prompts in ONE row, one after the other, each with its n pads as a single token of weight n.
+
+    There should not be many more than `MOST_TOKENS`; see `TokenBatch.split`.
 
     The cross-attention wants the same number of keys L for every prompt. A prompt of fewer tokens fills up with p
     copies of its pad, each of weight n / p; L is rounded up in this way too.

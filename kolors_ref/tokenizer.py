@@ -1,6 +1,7 @@
 """Prompts to token ids: ChatGLM3's SentencePiece pieces behind a two-token prefix, padded on the left."""
 
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import sentencepiece
@@ -35,6 +36,17 @@ class TokenBatch:
     attention_mask: Tensor
     position_ids: Tensor
 
+    def split(self, most: int) -> list["TokenBatch"]:
+        """Cuts the batch into parts of as many prompts in a row as have at most so many tokens, and of one at least."""
+        starts, held = [], 0
+        for row, length in enumerate(self.attention_mask.sum(1).tolist()):
+            if row == 0 or held + length > most:
+                starts.append(row)
+                held = 0
+            held += length
+        parts = [slice(*ends) for ends in pairwise([*starts, None])]
+        return [TokenBatch(self.input_ids[p], self.attention_mask[p], self.position_ids[p]) for p in parts]
+
 
 class Tokenizer:
     """ChatGLM3's tokenizer over a SentencePiece model file.
@@ -54,7 +66,8 @@ class Tokenizer:
         if not self.model_file.is_file():
             raise FileNotFoundError(f"there is no tokenizer model at {self.model_file}; expected a SentencePiece file")
         try:
-            self.model = sentencepiece.SentencePieceProcessor(model_file=str(self.model_file))
+            self.model = sentencepiece.SentencePieceProcessor()
+            self.model.LoadFromSerializedProto(self.model_file.read_bytes())
         except (RuntimeError, OSError) as error:
             raise ValueError(f"{self.model_file} is not a SentencePiece model") from error
         first = self.model.vocab_size()

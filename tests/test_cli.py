@@ -1,6 +1,7 @@
 """What people type: pictures that can be repeated, and one line for every mistake."""
 
 import errno
+import json
 import os
 import pty
 import re
@@ -255,6 +256,7 @@ def test_repeat_with_another_unet_of_the_same_name(kolors, expect_refused):
     assert kolors("--repeat", "a.png", "-o", "b.png", model=None)[0] == 0
     unet.write_bytes(b"other weights")
     expect_refused("--repeat", "a.png", "-o", "c.png", mentions="unet.safetensors is no longer the file", model=None)
+    assert kolors("--repeat", "a.png", "--unet", "./unet.safetensors", "-o", "c.png", model=None)[0] == 0
 
 
 def test_repeat_does_not_overwrite_what_it_repeats(kolors, expect_refused):
@@ -440,6 +442,20 @@ def test_names_that_the_terminal_cannot_show(kolors, tmp_path, monkeypatch):
         assert kolors("a cat", *SMALL, "--seed", "1", "-o", "猫.png")[0] == 0
     assert Image.open(tmp_path / "猫.png").size == (64, 64)
     assert ".png" in (tmp_path / "log").read_text()
+
+
+def test_several_files_that_cannot_all_be_written(expect_refused, tmp_path):
+    """Found before anything is computed: the names are those with numbers."""
+    (tmp_path / "z-1.png").mkdir()
+    expect_refused("a cat", *SMALL, "--num-images", "2", "-o", "z.png", mentions="z-1.png is a folder")
+    name = "z" * 240 + ".png"  # fits, with what it has while it is not whole, but not with a number as well
+    expect_refused("a cat", *SMALL, "--num-images", "2", "-o", name, mentions="File name too long")
+
+
+def test_a_message_does_not_command_the_terminal(expect_refused, tmp_path):
+    record = json.dumps({"prompt": ["a cat"], "model": "small", "seed": 5, "index": "\x1b[31mred\x07"})
+    png_with(tmp_path / "a.png", record)
+    expect_refused("--repeat", "a.png", mentions=r"picture \x1b[31mred\x07 of its run", model=None)
 
 
 def test_a_name_that_is_not_utf8_can_be_repeated(kolors):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
-from kolors_ref.picture_file import KEY, check_writable, read_parameters, save_picture
+from kolors_ref.picture_file import KEY, check_png, check_writable, read_parameters, save_picture
 
 PICTURE = Image.fromarray(np.arange(8 * 16 * 3, dtype=np.uint8).reshape(8, 16, 3))
 
@@ -86,16 +86,16 @@ def test_an_interrupted_writing_leaves_the_old_file(tmp_path, monkeypatch, error
 
 
 def test_check_writable_leaves_nothing(tmp_path):
+    check_png(tmp_path / "A.PNG")
     check_writable(tmp_path / "a.png")
-    check_writable(tmp_path / "A.PNG")
     assert os.listdir(tmp_path) == []
 
 
 def test_places_that_cannot_be_written(tmp_path, monkeypatch):
     (tmp_path / "folder.png").mkdir()
     (tmp_path / "file").write_text("")
-    expect_one_sentence(ValueError, check_writable, tmp_path / "a.jpg", mentions="must end in .png")
-    expect_one_sentence(ValueError, check_writable, tmp_path / ".png", mentions="must end in .png")
+    expect_one_sentence(ValueError, check_png, tmp_path / "a.jpg", mentions="must end in .png")
+    expect_one_sentence(ValueError, check_png, tmp_path / ".png", mentions="must end in .png")
     expect_one_sentence(IsADirectoryError, check_writable, tmp_path / "folder.png", mentions="is a folder")
     expect_one_sentence(FileNotFoundError, check_writable, tmp_path / "no" / "a.png", mentions="does not exist")
     expect_one_sentence(OSError, check_writable, tmp_path / "file" / "a.png", mentions="does not exist")

@@ -79,6 +79,15 @@ def test_number_of_keys_is_rounded_up_but_not_beyond_the_prompt():
     assert packed_layout(token_batch([[11] * 5], 10)).rows.shape == (1, 10)
 
 
+def test_splitting(tokens):
+    """Rows as they were, in order; a prompt longer than a part may be has one of its own."""
+    for most, sizes in ((1, [1, 1, 1]), (4, [1, 1, 1]), (5, [2, 1]), (6, [2, 1]), (7, [2, 1]), (10, [3])):
+        parts = tokens.split(most)
+        assert [len(part.input_ids) for part in parts] == sizes
+        for field in ("input_ids", "attention_mask", "position_ids"):
+            assert torch.equal(torch.cat([getattr(part, field) for part in parts]), getattr(tokens, field))
+
+
 def test_packed_layout_without_pads():
     layout = packed_layout(token_batch([[11, 12], [21, 22]], 2))
     assert layout.input_ids.tolist() == [[11, 12, 21, 22]]

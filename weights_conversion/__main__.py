@@ -1,6 +1,7 @@
 """python -m weights_conversion inspect SRC | convert SRC DST --to LAYOUT | verify A B | lora SRC DST --to NAMING"""
 
 import argparse
+import io
 import sys
 from collections import Counter
 from typing import NoReturn
@@ -22,11 +23,13 @@ class OneLineParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Ends the program with the message."""
-        self.exit(2, f"{self.prog}: {message}\n")
+        self.exit(2, f"{self.prog}: {one_line(message)}\n")
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command; returns the exit status: 0 done or the same, 1 different, 2 a mistake, 130 interrupted."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # what the terminal's encoding lacks is no error
+        sys.stdout.reconfigure(errors="backslashreplace")
     options = _parser().parse_args(arguments)
     progress = sys.stderr.isatty()
     try:
@@ -45,8 +48,14 @@ def main(arguments: list[str] | None = None) -> int:
         print("weights_conversion: interrupted", file=sys.stderr)
         return 130
     except (OSError, ValueError) as error:
-        print(f"weights_conversion: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"weights_conversion: {one_line(error)}", file=sys.stderr)
         return 2
+
+
+def one_line(message: object) -> str:
+    """A message as one line; control characters, which a terminal would obey, are written out."""
+    line = " ".join(str(message).split())
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in line)
 
 
 def describe(checkpoint: Checkpoint) -> str:
@@ -62,7 +71,7 @@ def describe(checkpoint: Checkpoint) -> str:
         lines.append(f"{name}: {total}, {formats}, {size / 1e9:.2f} GB")
         lines += [f"    {field}: {value}" for field, value in (network.config or {}).items()]
     if checkpoint.scheduler is not None:
-        lines.append(f"scheduler: {checkpoint.scheduler.get('_class_name', 'of no class')}")
+        lines.append(f"scheduler: {one_line(checkpoint.scheduler.get('_class_name', 'of no class'))}")
     if checkpoint.tokenizer is not None:
         lines.append(f"tokenizer: {checkpoint.tokenizer.relative_to(checkpoint.path)}")
     return "\n".join(lines)

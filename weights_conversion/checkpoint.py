@@ -129,7 +129,7 @@ def _open_kolors_ref(path: Path, variant: str | None) -> Checkpoint:
     if not isinstance(scheduler, dict | None) or not isinstance(pipeline, dict):
         raise ValueError(f"{where}: scheduler and pipeline must be objects.")
     tokenizer = _first_file(path / "tokenizer.model")
-    force_zeros = bool(pipeline.get("force_zeros_for_empty_prompt", False))
+    force_zeros = _read_flag(pipeline, "force_zeros_for_empty_prompt", f"{where}: pipeline")
     guidance_scale = _read_optional(pipeline, "guidance_scale", f"{where}: pipeline")
     return Checkpoint(path, "kolors-ref", networks, scheduler, tokenizer, force_zeros, guidance_scale)
 
@@ -150,13 +150,20 @@ def _open_diffusers(path: Path, variant: str | None) -> Checkpoint:
         scheduler["_class_name"] = components["scheduler"]
     tokenizer = _first_file(path / "tokenizer" / "tokenizer.model", path / "text_encoder" / "tokenizer.model")
     layout = "kolors" if tokenizer is not None and tokenizer.parent.name == "text_encoder" else "diffusers"
-    force_zeros = bool(index.get("force_zeros_for_empty_prompt", False))
+    force_zeros = _read_flag(index, "force_zeros_for_empty_prompt", str(index_path))
     guidance_scale = _read_optional(index, GUIDANCE_ENTRY, str(index_path))
     return Checkpoint(path, layout, networks, scheduler, tokenizer, force_zeros, guidance_scale)
 
 
 def _read_optional(record: dict[str, Any], name: str, where: str) -> float | None:
     return None if record.get(name) is None else read(record, name, float, where)
+
+
+def _read_flag(record: dict[str, Any], name: str, where: str) -> bool:
+    value = record.get(name)
+    if value not in (None, False, True):
+        raise ValueError(f"{where}: {name} is {value!r}, and true or false is needed.")
+    return bool(value)
 
 
 def _check_index(index: dict[str, Any], where: Path) -> dict[str, str]:

@@ -5,6 +5,7 @@ ever runs; an index may name files of its own folder only.
 """
 
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,7 @@ class SafetensorsFile(Mapping[str, Tensor]):
         try:
             self._file = safe_open(path, framework="pt")
         except SafetensorError as error:
+            check_name(path)
             reason = str(error).removeprefix("Error while deserializing header: ")
             raise ValueError(f"{path} is not a whole safetensors file: {reason}.") from None
         self._names = dict.fromkeys(self._file.keys())
@@ -100,9 +102,18 @@ def load_pickle(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except Exception as error:  # torch raises many kinds on a damaged or hostile file, none with a short message
+        check_name(path)
         hostile = "Weights only load failed" in str(error)
         reason = "it holds Python objects other than tensors" if hostile else "it is damaged or in a format before 2020"
         raise ValueError(f"{path} is refused: {reason}.") from None
+
+
+def check_name(path: Path) -> None:
+    """Raises ValueError for a name that is not UTF-8, with which neither library can open a file."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{path} has a name that is not UTF-8 and cannot be opened: rename it.") from None
 
 
 def is_plain(tensors: Any) -> bool:
@@ -240,3 +251,5 @@ def write_safetensors(
             for piece in byte_chunks(tensor, dtype_in_file(tensor, dtype), name):
                 file.write(piece.numpy().data)
                 on_bytes(piece.numel())
+        file.flush()
+        os.fsync(file.fileno())

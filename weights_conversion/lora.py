@@ -235,6 +235,8 @@ def save_lora(path: str | Path, lora: LoRA, naming: str = "peft", force: bool = 
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
         save_file(tensors, partial, metadata)
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
         partial.replace(path)
     except SafetensorError as error:  # what the library makes of a full disk and its like
         raise OSError(f"{path} cannot be written: {error}.") from None

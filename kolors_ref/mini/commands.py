@@ -25,6 +25,9 @@ from .train import train_mini
 
 T = TypeVar("T")
 
+CAPTION_FILES, PICTURE_FILES = ("captions.json",), ("report.json", "sheet.png")
+"""What an evaluation writes into its folder."""
+
 ABLATIONS: dict[str, Callable[[Recipe], Recipe]] = {
     "bag-of-words": lambda recipe: replace(recipe, bag_of_words=True),
     "short-captions": lambda recipe: replace(recipe, dense_share=0.0),
@@ -63,7 +66,7 @@ def run_evaluation(options: argparse.Namespace) -> None:
     """Measures a model by what it draws of MiniPrompts, or by the captions it chooses; prints and writes the scores."""
     with processes(options.device) as here:
         if here.first:
-            check_folder(options.output)
+            check_folder(options.output, CAPTION_FILES if options.captions else PICTURE_FILES)
         dtype = None if options.dtype is None else getattr(torch, options.dtype)
         pipe = KolorsPipeline.from_pretrained(options.model, dtype, here.device)
         report = (chosen_captions if options.captions else judged_pictures)(pipe, options, here)
@@ -71,10 +74,10 @@ def run_evaluation(options: argparse.Namespace) -> None:
         print(report.table())
         options.output.mkdir(exist_ok=True)
         if options.captions:
-            write_report(options.output / "captions.json", report.as_dict())
+            write_report(options.output / CAPTION_FILES[0], report.as_dict())
         else:
-            write_report(options.output / "report.json", report.as_dict())
-            report.write_contact_sheet(options.output / "sheet.png")
+            write_report(options.output / PICTURE_FILES[0], report.as_dict())
+            report.write_contact_sheet(options.output / PICTURE_FILES[1])
 
 
 def judged_pictures(pipe: KolorsPipeline, options: argparse.Namespace, here: Processes) -> Report:
@@ -97,8 +100,8 @@ def chosen_captions(pipe: KolorsPipeline, options: argparse.Namespace, here: Pro
     return CaptionReport(gathered(results, lambda result: result.choice.number, here))
 
 
-def check_folder(folder: Path) -> None:
-    """Raises OSError unless files can be written into a folder of this name; leaves nothing behind."""
+def check_folder(folder: Path, names: Sequence[str]) -> None:
+    """Raises OSError unless files of these names can be written into a folder; leaves nothing behind."""
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"the output {folder} is a file; give the name of a folder")
     if not folder.parent.is_dir():
@@ -109,7 +112,8 @@ def check_folder(folder: Path) -> None:
     except OSError as error:
         raise OSError(f"the folder {folder} of the output cannot be written: {error.strerror}") from error
     try:
-        check_writable(folder / "sheet.png")
+        for name in names:
+            check_writable(folder / name)
     finally:
         if new:
             folder.rmdir()

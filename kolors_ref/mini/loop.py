@@ -153,10 +153,10 @@ class Curve:
 
     @staticmethod
     def step_of(line: str) -> float:
-        """The step of a line; infinity for one that a full disk cut short."""
+        """The step of a line; infinity for one that is none, as where a full disk cut it short."""
         try:
-            return json.loads(line)["step"]
-        except ValueError:
+            return float(json.loads(line)["step"])
+        except (ValueError, TypeError, KeyError):
             return float("inf")
 
     def add(self, step: int, loss: float, bar: tqdm) -> None:

@@ -206,8 +206,12 @@ class EDMDPMSolverPP:
 
     def __post_init__(self) -> None:
         check_settings(self)
-        if not 0 < self.sigma_min < self.sigma_max:
-            raise ValueError(f"sigma_min {self.sigma_min} must lie between 0 and sigma_max {self.sigma_max}.")
+        if not 0 < self.sigma_min < self.sigma_max < math.inf:
+            raise ValueError(f"sigma_min {self.sigma_min} must lie between 0 and a finite sigma_max {self.sigma_max}.")
+        if not 0 < self.sigma_data < math.inf:
+            raise ValueError(f"sigma_data is {self.sigma_data}, but must be a finite number above 0.")
+        if not 1 <= self.rho < math.inf:
+            raise ValueError(f"rho is {self.rho}, but must be a finite number from 1.")
 
     def plan(
         self, schedule: NoiseSchedule, num_steps: int | None = None, timesteps: Values = None, sigmas: Values = None

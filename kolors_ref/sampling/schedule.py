@@ -16,6 +16,8 @@ from torch import Tensor
 
 from kolors_ref.config import ScheduleConfig
 
+MOST_TIMESTEPS = 100_000
+"""The longest schedule: a table of its levels is in memory."""
 SPACINGS = ("leading", "linspace", "trailing")
 
 Ramp = TypeVar("Ramp", np.ndarray, Tensor)
@@ -87,8 +89,10 @@ class NoiseSchedule:
     """
 
     def __init__(self, config: ScheduleConfig) -> None:
-        if config.num_train_timesteps < 1:
-            raise ValueError(f"num_train_timesteps is {config.num_train_timesteps}, but must be at least 1.")
+        if not 1 <= config.num_train_timesteps <= MOST_TIMESTEPS:
+            raise ValueError(
+                f"num_train_timesteps is {config.num_train_timesteps}, but must be from 1 to {MOST_TIMESTEPS}."
+            )
         if not 0 < config.beta_start <= config.beta_end < 1:
             raise ValueError(
                 f"beta_start {config.beta_start} and beta_end {config.beta_end} must lie in (0, 1), in this order."
@@ -101,6 +105,8 @@ class NoiseSchedule:
         self.betas = compute_betas(config)
         self.alphas_cumprod = torch.cumprod(1.0 - self.betas, dim=0)
         self.sigmas = ((1 - self.alphas_cumprod) / self.alphas_cumprod).sqrt()
+        if self.sigmas[0] == 0:
+            raise ValueError(f"beta_start is {config.beta_start}, which is no noise at all in fp32.")
 
     def sigma_at(self, timesteps: np.ndarray) -> np.ndarray:
         """Noise levels (n,) at `timesteps` (n,), linear between the whole ones."""

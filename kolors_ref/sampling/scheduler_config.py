@@ -117,7 +117,7 @@ def read_scheduler_config(config: Fields) -> tuple[ScheduleConfig, Sampler]:
     Raises ValueError, naming the field and its value, for a class or a value that is not supported.
     """
     name = config.get("_class_name")
-    if name not in CLASSES:
+    if not isinstance(name, str) or name not in CLASSES:
         raise ValueError(f"the scheduler's _class_name is {name!r}, but must be one of {', '.join(CLASSES)}.")
     kind = CLASSES[name]
     for field, supported in kind.only.items():
@@ -126,7 +126,10 @@ def read_scheduler_config(config: Fields) -> tuple[ScheduleConfig, Sampler]:
             raise ValueError(f"{name} with {field} = {value!r} is not supported; {field} must be {supported!r}.")
     fields = {field: config.get(field, default) for field, default in kind.defaults.items()}
     for field, default in kind.defaults.items():
-        if type(default) in (int, float) and not isinstance(fields[field], (int, type(default))):
-            raise ValueError(f"{name} with {field} = {fields[field]!r} is not supported; {field} must be a number.")
+        value, kind_of = fields[field], type(default)
+        if kind_of in (int, float) and (isinstance(value, bool) or not isinstance(value, (int, kind_of))):
+            raise ValueError(f"{name} with {field} = {value!r} is not supported; {field} must be a number.")
+        if kind_of is bool and value not in (None, False, True):
+            raise ValueError(f"{name} with {field} = {value!r} is not supported; {field} must be true or false.")
     schedule = ScheduleConfig(**{field: fields[field] for field in asdict(ScheduleConfig())})
     return schedule, kind.sampler(fields)

@@ -157,6 +157,17 @@ def test_without_a_model_index(diffusers_folder):
     assert checkpoint.force_zeros_for_empty_prompt is False
 
 
+def test_a_name_that_is_not_utf8(shared_ours, tmp_path):
+    """The library cannot open it, and says that the file is damaged."""
+    try:
+        (tmp_path / "a\udcff").mkdir()
+    except OSError:
+        pytest.skip("the file system takes UTF-8 names only")
+    for file in shared_ours.iterdir():
+        shutil.copyfile(file, tmp_path / "a\udcff" / file.name)
+    expect(ValueError, tmp_path / "a\udcff", "has a name that is not UTF-8")
+
+
 def test_links_of_a_download_cache(diffusers_folder, tmp_path):
     """The hub keeps files under other names elsewhere and links to them."""
     path = diffusers_folder / "vae" / "diffusion_pytorch_model.safetensors"
@@ -313,6 +324,7 @@ def test_damaged_weights_in_a_checkpoint(kolors_folder, ours_folder):
         ({"unet": {"channels": [1]}}, "unet"),
         ({"vae": 3}, "vae"),
         ({"pipeline": 3}, "pipeline"),
+        ({"pipeline": {"force_zeros_for_empty_prompt": "false"}}, "true or false"),
         ({"scheduler": "euler"}, "scheduler"),
         ({"unet": ..., "vae": ..., "text_encoder": ...}, "no network"),
     ],

@@ -1,5 +1,6 @@
 """python -m weights_conversion: what it prints, its exit status, one line for every mistake."""
 
+import os
 import subprocess
 import sys
 
@@ -31,6 +32,18 @@ def test_inspect(capsys, shared_kolors, pipeline):
     assert "transformer_depth: (0, 2, 3)" in out
     assert "scheduler: EulerDiscreteScheduler" in out
     assert "tokenizer: text_encoder/tokenizer.model" in out
+
+
+def test_what_the_terminal_cannot_show(ours_folder, edit_json, tmp_path):
+    """Neither names in another script are an error, nor does a file command the terminal."""
+    edit_json(ours_folder / "kolors-ref.json", scheduler={"_class_name": "\x1b[2J"})
+    ours_folder.rename(tmp_path / "模型")
+    command = [sys.executable, "-m", "weights_conversion", "inspect", str(tmp_path / "模型")]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert r"\u6a21\u578b: layout kolors-ref" in done.stdout
+    assert r"scheduler: \x1b[2J" in done.stdout
 
 
 def test_inspect_a_unet_file(capsys, unet_file):

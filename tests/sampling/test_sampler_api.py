@@ -132,7 +132,7 @@ def test_things_that_are_no_sampler(sampler):
         (lambda: DPMSolverPP(final_sigmas_type="one"), "final_sigmas_type is 'one'"),
         (lambda: DDIM(final_sigmas_type="one"), "final_sigmas_type is 'one'"),
         (lambda: DDIM(eta=1.5), "eta is 1.5"),
-        (lambda: EDMDPMSolverPP(sigma_min=90.0), "sigma_min 90.0 must lie between 0 and sigma_max 80.0"),
+        (lambda: EDMDPMSolverPP(sigma_min=90.0), "sigma_min 90.0 must lie between 0 and a finite sigma_max 80.0"),
     ],
 )
 def test_settings_that_are_none(make, message):

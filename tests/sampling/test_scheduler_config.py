@@ -1,5 +1,7 @@
 """scheduler_config.json against diffusers: the same file gives the same plan."""
 
+import math
+
 import diffusers
 import pytest
 import torch
@@ -160,6 +162,14 @@ def test_null_is_no(name):
         ("EulerDiscreteScheduler", "num_train_timesteps", 1100.5),
         ("EulerDiscreteScheduler", "beta_start", None),
         ("EDMDPMSolverMultistepScheduler", "sigma_max", "80"),
+        ("EulerDiscreteScheduler", "num_train_timesteps", True),
+        ("EulerDiscreteScheduler", "use_karras_sigmas", "false"),
+        ("DPMSolverMultistepScheduler", "lower_order_final", "no"),
+        ("EDMDPMSolverMultistepScheduler", "rho", 0),
+        ("EDMDPMSolverMultistepScheduler", "rho", -1.0),
+        ("EDMDPMSolverMultistepScheduler", "sigma_data", 0.0),
+        ("EDMDPMSolverMultistepScheduler", "sigma_max", math.inf),
+        ([], "_class_name", []),
         ("PNDMScheduler", "_class_name", "PNDMScheduler"),
         (None, "_class_name", None),
     ],
