@@ -28,6 +28,8 @@ from .tokenizer import Tokenizer
 from .unfilled import unfilled
 
 NETWORKS = {"text_encoder": (GLMEncoder, GLMConfig), "unet": (UNet, UNetConfig), "vae": (VAE, VAEConfig)}
+MOST_KINDS = 64
+"""Graphs of the transformer block that are kept; a kind of call, such as another number of pictures, needs two."""
 EMBEDDED = "mini"
 """What the embedded miniature is called; a folder of that name is "./mini"."""
 WEIGHTS = Path(__file__).parent / "mini" / "weights"
@@ -145,6 +147,8 @@ def load_network(
 def compile_blocks(unet: UNet) -> None:
     """Has torch compile the transformer blocks, when they are first called; those of one size share their code."""
     torch._dynamo.config.skip_nnmodule_hook_guards = False  # a LoRA comes as hooks, and perhaps later
+    limit = torch._dynamo.config.recompile_limit  # beyond 8 kinds of call nothing more would be compiled
+    torch._dynamo.config.recompile_limit = max(limit, MOST_KINDS)
     for module in unet.modules():
         if isinstance(module, TransformerBlock):
             module.compile()

@@ -67,8 +67,6 @@ def processes(device: str | None = None) -> Iterator[Processes]:
     if count == 1:
         yield Processes(0, 1, place)
         return
-    dist.init_process_group("nccl" if kind == "cuda" else "gloo")
-    try:
-        yield Processes(dist.get_rank(), count, place)
-    finally:
-        dist.destroy_process_group()
+    dist.init_process_group("nccl" if kind == "cuda" else "gloo", device_id=place if kind == "cuda" else None)
+    yield Processes(dist.get_rank(), count, place)
+    dist.destroy_process_group()  # not after an error: NCCL would wait for the others, and torchrun ends them

@@ -250,6 +250,9 @@ def load_diffusers(folder: Path, job: Job, *left_out: str):
     if job.ip_adapter:
         files = {"weight_name": "ip_adapter.safetensors", "image_encoder_folder": "image_encoder"}
         pipe.load_ip_adapter(str(adapter_folder(folder)), subfolder="", **files)
+    if job.contestant == "best":
+        for name in {"unet", "vae"} - set(left_out):
+            getattr(pipe, name).to(memory_format=torch.channels_last)  # before offloading takes the weights away
     if job.offload == "model":
         pipe.enable_model_cpu_offload(device=job.device)
     elif job.offload == "stream":
@@ -257,8 +260,6 @@ def load_diffusers(folder: Path, job: Job, *left_out: str):
     else:
         pipe.to(job.device)
     if job.contestant == "best":
-        for name in {"unet", "vae"} - set(left_out):
-            getattr(pipe, name).to(memory_format=torch.channels_last)
         if job.compiled and "unet" not in left_out:
             pipe.unet.compile()
         if job.compiled and "vae" not in left_out:

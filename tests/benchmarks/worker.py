@@ -66,6 +66,7 @@ def import_library(job: Job) -> None:
 def measure(job: Job, folder: Path) -> tuple[dict[str, float], Tensor]:
     """Runs a job; gives its figures (seconds, bytes) and its output."""
     if job.device == "cuda":
+        torch.backends.cudnn.allow_tf32 = job.dtype != "float32"  # or fp32 would be no more exact than fp16
         torch.cuda.reset_peak_memory_stats()
     with PeakMemory() as memory:
         figures, output = (measure_picture if job.part == "picture" else measure_stage)(job, folder)
