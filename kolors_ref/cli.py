@@ -199,7 +199,7 @@ def counting(text: str) -> int:
     """Reads a whole number from 1 to a million million."""
     value = number(int, text)
     if not 1 <= value <= 10**12:
-        raise argparse.ArgumentTypeError(f"{text} is not from 1 to 10^12")
+        raise argparse.ArgumentTypeError(f"{text} is not at least 1 and at most 10^12")
     return value
 
 

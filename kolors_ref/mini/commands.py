@@ -21,7 +21,7 @@ from .processes import Processes, processes
 from .prompts import PER_CATEGORY, Prompt, mini_prompts
 from .recipe import Recipe
 from .reuse import reuse_stages
-from .train import train_mini
+from .train import check_shares, train_mini
 
 T = TypeVar("T")
 
@@ -53,6 +53,7 @@ def run_training(options: argparse.Namespace) -> None:
     if options.folder.exists() and not options.folder.is_dir():
         raise NotADirectoryError(f"the folder {options.folder} of the training is a file; give another with --folder")
     with processes(options.device) as here:
+        check_shares(recipe, here)
         if options.reuse is not None and here.first:
             taken = reuse_stages(options.folder, options.reuse, recipe)
             print(f"taken from {options.reuse}: {', '.join(taken) or 'nothing more'}", file=sys.stderr)
@@ -85,7 +86,7 @@ def judged_pictures(pipe: KolorsPipeline, options: argparse.Namespace, here: Pro
     prompts = [prompt for prompt in mini_prompts(options.language) if is_chosen(prompt, options.limit)]
     mine = prompts[here.rank :: here.count]
     with tqdm(total=len(mine), unit="picture", disable=None if here.first else True) as bar:
-        report = evaluate(drawing(pipe, options, bar), mine, options.batch_size)
+        report = evaluate(drawing(pipe, options, bar), mine, options.batch_size) if mine else Report(())
     return Report(gathered(report.results, lambda result: result.prompt.number, here))
 
 

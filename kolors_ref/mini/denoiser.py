@@ -1,6 +1,6 @@
 """Stage four of training: the UNet, on latents that were computed before (Kolors report, section 2.2)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -177,7 +177,8 @@ def denoising_batches(
         for number, row in zip(numbers, rows, strict=True):
             captions.append(new_caption(scene(row), dense_share, generator(seed + 3, number)))
             noises.append(unit_noise(seed, number, tuple(cached.latents.shape[1:])))
-        timestep = draw_timesteps(numbers, num_timesteps)
+        # One more each time that all pictures have come, or one would meet the same five levels again and again.
+        timestep = draw_timesteps([number + number // len(cached.latents) for number in numbers], num_timesteps)
         sizes = size_conditions(torch.where(cached.small[rows], CANVAS / 2, float(CANVAS)))
         with torch.no_grad():
             text = packed_layout(tokenizer(captions)).encode(text_encoder)
@@ -187,8 +188,8 @@ def denoising_batches(
     return batch
 
 
-def draw_timesteps(numbers: range, num_timesteps: int) -> Tensor:
-    """The timesteps (B,) of examples, which their numbers decide: spread over all `LEVELS` whatever the first is."""
+def draw_timesteps(numbers: Sequence[int], num_timesteps: int) -> Tensor:
+    """The timesteps (B,) of examples, which numbers in a row decide: spread over all `LEVELS` whatever the first is."""
     return torch.tensor([int(np.interp(number * GOLDEN % 1, *LEVELS) * num_timesteps) for number in numbers])
 
 

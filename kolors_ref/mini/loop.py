@@ -140,7 +140,10 @@ def restore(state: TrainingState, module: nn.Module, average: AveragedModel, opt
 
 
 class Curve:
-    """The loss over the steps, averaged over EVERY steps, as lines of JSON; lines beyond `first` are dropped."""
+    """The first process's loss as lines of JSON, each an average over the steps since the last, EVERY at most.
+
+    Lines beyond `first` are dropped; a run that goes on between two lines averages over what is left.
+    """
 
     EVERY = 25
 

@@ -101,7 +101,7 @@ STAGES = ("glm", "vae", "vae_whole", "vae_decoder", "unet", "unet_tuning", "unet
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that decides what comes out of training, but the machine.
+    """What a run is asked to do, and what may be different in another; sizes and other constants are the code's.
 
     Attributes:
         seed: of data, weights and noise.

@@ -44,7 +44,7 @@ DECODED = 24
 BACK = 0.3
 """The share of the way back to the weights that a stage began with that is gone at its end."""
 TO_ONE = 3
-"""Pictures that tell something, to one whose caption is always right or always wrong."""
+"""Pictures that tell something, to one whose caption is always right."""
 CLIP = 2.0
 """The advantage, in standard deviations of a group, that counts as the most there is."""
 ALONE, DENSE = 0.8, 0.1
@@ -181,7 +181,7 @@ def judged_drawing(
         verdicts = [judge(picture, claims[i]).holds for picture, i in zip(chain(*pictures), caption_of, strict=True)]
         right = torch.tensor(verdicts, dtype=torch.float32, device=here.device)
         rightness = compared(right)
-        order = learnt_from(rightness.tolist(), generator(seed + 2, index))
+        order = learnt_from(right.tolist(), rightness.tolist(), generator(seed + 2, index))
         return Round(last.latents.float(), text, rightness, order, 1 - right.mean())
 
     return draw
@@ -225,22 +225,23 @@ def some_way_back(rewarded: UNet, before: UNet) -> UNet:
     return rewarded
 
 
-def learnt_from(rightness: list[float], rng: np.random.Generator) -> list[int]:
-    """Shuffles the rows of a round that are better or worse than others of their caption, and one of the rest to three.
+def learnt_from(right: list[float], rightness: list[float], rng: np.random.Generator) -> list[int]:
+    """Shuffles the rows of a round that are better or worse than others of their caption, and to three of them one of
+    a caption that is always right; of what is always wrong there is nothing to hold on to.
 
     Args:
-        rightness: of each row, as `compared` gives it.
+        right, rightness: of each row, see `compared`.
         rng: what decides the order.
     """
     rows = shuffle(rng, range(len(rightness)))
-    rest = [row for row in rows if rightness[row] == 0.5]
+    rest = [row for row in rows if rightness[row] == 0.5 and right[row]]
     telling = [row for row in rows if rightness[row] != 0.5]
     order, fillers = [], cycle(rest)
     for i, row in enumerate(telling):
         if rest and i % TO_ONE == 0:
             order.append(next(fillers))
         order.append(row)
-    return order or rest
+    return order or rest or rows
 
 
 def compared(right: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """Training the miniature Kolors from nothing: every stage in turn, each from where it stopped, then the checkpoint."""
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -78,7 +79,8 @@ class Run:
         self.here.wait()
         if self.here.first:
             note_recipe(self.folder, self.recipe)
-            remove_unfinished(self.folder)
+            for folder in (self.folder, self.folder / "model"):
+                remove_unfinished(folder)
         self.here.wait()
 
     def tokenizer(self) -> Tokenizer:
@@ -233,18 +235,13 @@ def with_config(vae: VAE, config: VAEConfig) -> VAE:
 def export(
     folder: Path, tokenizer: Path, recipe: Recipe, language_model: LanguageModel, unet: nn.Module, vae: VAE
 ) -> None:
-    """Writes a checkpoint in this project's layout, in fp16; the index, which makes it one, comes last."""
+    """Writes a checkpoint in this project's layout, in fp16: all files whole before the first gets its name."""
     folder.mkdir(exist_ok=True)
     tensors = {
         "text_encoder": language_model.checkpoint(),
         "unet": unet.state_dict(),
         "vae": vae.state_dict(),
     }
-    for name, state in tensors.items():
-        with written(folder / f"{name}.safetensors") as beside:
-            write_safetensors(beside, {key: tensor.cpu() for key, tensor in state.items()}, torch.float16)
-    with written(folder / tokenizer.name) as beside:
-        beside.write_bytes(tokenizer.read_bytes())
     configs = {"text_encoder": language_model.encoder.config, "unet": unet.config, "vae": vae.config}
     index = {
         "format": "kolors-ref",
@@ -253,5 +250,10 @@ def export(
         "scheduler": recipe.scheduler_config(),
         "pipeline": {"force_zeros_for_empty_prompt": False, "guidance_scale": sizes.GUIDANCE_SCALE},
     }
-    with written(folder / "kolors-ref.json") as beside:
-        write_json(beside, index)
+    with ExitStack() as files:
+        beside = lambda name: files.enter_context(written(folder / name))
+        write_json(beside("kolors-ref.json"), index)  # gets its name last, and makes a checkpoint of the others
+        for name, state in tensors.items():
+            numbers = {key: tensor.cpu() for key, tensor in state.items()}
+            write_safetensors(beside(f"{name}.safetensors"), numbers, torch.float16)
+        beside(tokenizer.name).write_bytes(tokenizer.read_bytes())

@@ -127,7 +127,8 @@ def load_state(folder: Path, stage: str, settings: str, previous: bool = False) 
         if facts.get("step") != str(step):  # the digest is of the tensors alone
             raise ValueError(f"{path} is damaged: it is not of step {step}")
     except ValueError as error:
-        advice = "remove it to go on without it" if previous else "--previous goes back to the checkpoint before it"
+        alone = previous or len(files) == 1
+        advice = "remove it to go on without it" if alone else "--previous goes back to the checkpoint before it"
         raise ValueError(f"{error}; {advice}") from error
     if facts.get("settings") != settings:
         raise ValueError(f"{path} was made with other settings; train in another folder, or with the same")

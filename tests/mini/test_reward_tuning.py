@@ -129,15 +129,17 @@ def test_pictures_are_compared_with_those_of_their_caption():
     torch.testing.assert_close(groups[4], 1 - groups[3])
 
 
-def test_three_pictures_that_tell_something_come_with_one_that_does_not():
-    rightness = [0.5] * 4 + [1.0, 0.3] * 8
-    order = learnt_from(rightness, generator(0, 0))
-    assert sorted(row for row in order if row > 3) == list(range(4, 20))
+def test_three_pictures_that_tell_something_come_with_one_that_is_always_right():
+    right = [1.0] * 4 + [0.0] * 4 + [1.0, 0.0] * 8
+    rightness = [0.5] * 8 + [1.0, 0.3] * 8
+    order = learnt_from(right, rightness, generator(0, 0))
+    assert sorted(row for row in order if row > 7) == list(range(8, 24))
     assert [rightness[row] == 0.5 for row in order] == ([True] + [False] * 3) * 5 + [True, False]
-    assert {row for row in order if row < 4} == {0, 1, 2, 3}
-    assert order == learnt_from(rightness, generator(0, 0)) != learnt_from(rightness, generator(0, 1))
-    assert sorted(learnt_from([0.5] * 3, generator(0, 0))) == [0, 1, 2]
-    assert sorted(learnt_from([1.0, 0.0], generator(0, 0))) == [0, 1]
+    assert {row for row in order if row < 8} == {0, 1, 2, 3}
+    assert order == learnt_from(right, rightness, generator(0, 0)) != learnt_from(right, rightness, generator(0, 1))
+    assert sorted(learnt_from([1.0] * 3, [0.5] * 3, generator(0, 0))) == [0, 1, 2]
+    assert sorted(learnt_from([0.0] * 3, [0.5] * 3, generator(0, 0))) == [0, 1, 2]  # nothing else to learn from
+    assert sorted(learnt_from([1.0, 0.0], [1.0, 0.0], generator(0, 0))) == [0, 1]
 
 
 def test_a_round_is_drawn_from_its_number_and_shared_out(parts, policy, monkeypatch):

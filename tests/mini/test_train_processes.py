@@ -326,6 +326,22 @@ def test_a_full_disk_leaves_nothing_half_written(short, monkeypatch):
     assert numbers_in(short) == before
 
 
+def test_a_model_is_of_one_run(short, monkeypatch):
+    """The disk is full when the last network is written anew: those of before are all there still."""
+    write = train.write_safetensors
+
+    def full(path, tensors, dtype):
+        if "vae" in path.name:
+            raise OSError(28, "No space left on device")
+        write(path, {name: tensor + 1 for name, tensor in tensors.items()}, dtype)
+
+    before = numbers_in(short)
+    monkeypatch.setattr(train, "write_safetensors", full)
+    with pytest.raises(OSError, match=r"vae\.safetensors cannot be written: No space left on device$"):
+        train.train_mini(short, SHORT, HERE)
+    assert numbers_in(short) == before
+
+
 def test_a_folder_of_another_recipe_is_refused(short):
     with pytest.raises(ValueError, match="holds a run of another recipe; give another folder"):
         train.train_mini(short, replace(SHORT, seed=1), HERE)
@@ -362,10 +378,11 @@ def test_a_scale_that_is_none(short, content):
 
 
 def test_what_a_killed_run_left_half_written_goes(short):
-    left = short / ".unet-00000004.safetensors.partial-4711"
-    left.write_bytes(b"half of it")
+    left = [folder / ".unet-00000004.safetensors.partial-4711" for folder in (short, short / "model")]
+    for path in left:
+        path.write_bytes(b"half of it")
     train.train_mini(short, SHORT, HERE)
-    assert not left.exists()
+    assert not any(path.exists() for path in left)
 
 
 @pytest.mark.parametrize("count", [3, 8])

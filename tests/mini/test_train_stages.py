@@ -1,6 +1,7 @@
 """The stages of training, one by one: what they learn from and what their losses are, with tiny networks."""
 
 from dataclasses import replace
+from itertools import pairwise
 from unittest import mock
 
 import numpy as np
@@ -312,9 +313,10 @@ def test_only_enlarged_pictures_are_told_to_be_small(batches):
         assert row == [64.0, 64.0, 0.0, 0.0, 128.0, 128.0] if small else row == [128.0, 128.0, 0.0, 0.0, 128.0, 128.0]
 
 
-def test_most_timesteps_are_in_the_middle_and_noise_is_of_unit_scale(batches):
+def test_most_timesteps_are_in_the_middle_and_noise_is_of_unit_scale(tokenizer, small_model):
     """In every stretch of examples alike, and even within the middle and on either side of it."""
-    _, noise, timestep, *_ = batches(range(400))
+    encoder = seeded(LanguageModel, GLM).encoder
+    _, noise, timestep, *_ = denoising_batches(latents_of(400), 0, False, 0.5, 1100, tokenizer, encoder)(range(400))
     assert (timestep.min() >= 0, timestep.max() < 1100) == (True, True)
     for part in timestep.split(100):
         assert ((part >= 385) & (part < 990)).sum().item() == pytest.approx(75, abs=3)
@@ -324,6 +326,17 @@ def test_most_timesteps_are_in_the_middle_and_noise_is_of_unit_scale(batches):
         assert counts.tolist() == pytest.approx([100 * share] * 4, abs=6)
     assert noise.mean().abs() < 0.01
     assert noise.std() == pytest.approx(1, abs=0.01)
+
+
+@pytest.mark.parametrize("count", [Recipe().scenes, 20])
+def test_a_picture_meets_all_levels_of_noise(tokenizer, small_model, count):
+    """Some numbers of pictures, ours too, are nearly a fifth of something times the golden ratio."""
+    cached = Latents(torch.zeros(1, 4, 16, 16).expand(count, -1, -1, -1), torch.zeros(count, dtype=torch.bool))
+    batch = denoising_batches(cached, 0, False, 0.5, 1100, tokenizer, seeded(LanguageModel, GLM).encoder)
+    met = sorted(batch(range(7 + visit * count, 8 + visit * count))[2].item() for visit in range(20))
+    assert met[0] < 385
+    assert met[-1] > 900
+    assert max(b - a for a, b in pairwise(met) if 385 <= a <= b < 990) < 100
 
 
 @pytest.mark.parametrize("clean", [False, True])

@@ -172,6 +172,13 @@ def test_with_both_damaged_the_advice_is_another(two):
         load(two, previous=True)
 
 
+def test_there_is_no_other_to_go_back_to(tmp_path):
+    save(tmp_path, 10)
+    shortened(tmp_path / "tiny-00000010.safetensors")
+    with pytest.raises(ValueError, match=r"tiny-00000010\.safetensors is damaged: .*; remove it to go on without it$"):
+        load(tmp_path)
+
+
 def test_any_byte_that_changed_is_noticed(tmp_path):
     """In the header as well: there the step and the settings stand, which the digest does not cover."""
     save_state(tmp_path, "tiny", TrainingState(10, SETTINGS, {"value": torch.tensor([1.0, 2.0])}))
