@@ -252,14 +252,7 @@ def generate(options: argparse.Namespace) -> None:
         ip_adapter_scale=options.ip_scale,
         max_sequence_length=options.max_sequence_length,
     )
-    wanted = [index for index in range(request.num_images) if options.index in (None, index)]
-    if not wanted:
-        raise ValueError(
-            f"{options.repeat} is picture {options.index} of its run, but {request.num_images} are asked for"
-        )
-    paths = {index: output.with_stem(f"{output.stem}-{index}") if len(wanted) > 1 else output for index in wanted}
-    for path in paths.values():
-        check_writable(path)
+    paths = output_paths(options, output, request.num_images)
     if options.seed is None:
         print(f"seed {seed}", file=sys.stderr)
     dtype = None if options.dtype is None else getattr(torch, options.dtype)
@@ -280,6 +273,18 @@ def generate(options: argparse.Namespace) -> None:
     for index, path in paths.items():
         save_picture(images[index], path, {**record, "index": index})
         print(path)
+
+
+def output_paths(options: argparse.Namespace, output: Path, count: int) -> dict[int, Path]:
+    """Gives the file of each wanted picture among `count`; ValueError if it is none of these, OSError where it cannot
+    be written."""
+    wanted = [index for index in range(count) if options.index in (None, index)]
+    if not wanted:
+        raise ValueError(f"{options.repeat} is picture {options.index} of its run, but {count} are asked for")
+    paths = {index: output.with_stem(f"{output.stem}-{index}") if len(wanted) > 1 else output for index in wanted}
+    for path in paths.values():
+        check_writable(path)
+    return paths
 
 
 def split_interval(interval: str | None) -> tuple[float, ...] | None:
