@@ -17,6 +17,10 @@ from weights_conversion.keymaps import KEYMAPS
 SHARD_BYTES = 5 * 10**9
 """The text encoder is split into files of at most about this size in the diffusers layout."""
 
+WRITTEN = {OUR_INDEX, "tokenizer.model", *(f"{name}.safetensors" for name in KEYMAPS)}
+WRITTEN |= {"model_index.json", "scheduler", "tokenizer", *KEYMAPS}
+"""What the two layouts have, and a checkpoint that is replaced may have."""
+
 OnBytes = Callable[[int], Any]
 
 
@@ -35,7 +39,8 @@ def convert(
     since the official text encoder rotates in their format. force: replace a checkpoint that stands there already.
     Raises what open_checkpoint raises; ValueError for an incomplete source, a destination that is unsafe, or a number
     that `dtype` is too narrow for;
-    FileExistsError, FileNotFoundError for a destination in the way or without a parent; OSError for a full disk.
+    FileExistsError, FileNotFoundError for a destination in the way, that holds something else as well, or without a
+    parent; OSError for a full disk.
     """
     writers = {"kolors-ref": _write_kolors_ref, "diffusers": _write_diffusers}
     if to not in writers:
@@ -81,6 +86,8 @@ def _check_destination(source: Path, destination: Path, force: bool) -> None:
         raise FileExistsError(f"{destination} exists already: choose another name or use --force.")
     if target.exists() and not ((target / OUR_INDEX).is_file() or (target / "model_index.json").is_file()):
         raise FileExistsError(f"{destination} is not a checkpoint, and --force replaces nothing else.")
+    if target.exists() and (others := sorted(path.name for path in target.iterdir() if path.name not in WRITTEN)):
+        raise FileExistsError(f"{destination} holds {others[0]} too, which --force would delete: move it elsewhere.")
 
 
 def _size(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> int:

@@ -154,7 +154,7 @@ def expect_failure(error, source, destination, *parts, **options):
 
 def test_what_stands_there_is_not_overwritten(shared_diffusers, ours_folder, tmp_path):
     """A checkpoint only with force; anything else never."""
-    marker = ours_folder / "marker"
+    marker = ours_folder / "scheduler"  # of the other layout, and so gone when this one is written anew
     marker.touch()
     expect_failure(FileExistsError, shared_diffusers, ours_folder, "ours exists already", "--force")
     assert marker.exists()
@@ -169,6 +169,13 @@ def test_what_stands_there_is_not_overwritten(shared_diffusers, ours_folder, tmp
         FileExistsError, shared_diffusers, tmp_path / "photographs" / "cat.png", "not a checkpoint", force=True
     )
     assert (tmp_path / "photographs" / "cat.png").exists()
+
+
+def test_what_is_not_of_a_checkpoint_is_not_deleted(shared_diffusers, ours_folder):
+    (ours_folder / "my-lora.safetensors").write_bytes(b"days of work")
+    with pytest.raises(FileExistsError, match=r"holds my-lora.safetensors too, which --force would delete"):
+        convert(shared_diffusers, ours_folder, force=True)
+    assert (ours_folder / "my-lora.safetensors").read_bytes() == b"days of work"
 
 
 def test_the_source_is_safe(diffusers_folder, tmp_path):
