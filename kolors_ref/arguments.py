@@ -1,6 +1,7 @@
 """Checks of what a caller gives to the pipeline: each mistake is one sentence."""
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
+from itertools import chain, count
 from numbers import Integral, Real
 
 import torch
@@ -20,6 +21,12 @@ MAX_TOKENS = 32768
 """The longest prompt: the positions that ChatGLM3 knows."""
 
 Size = tuple[int, int]
+
+
+def free_name(stem: str, taken: Container[str]) -> str:
+    """Gives `style`, or `style-2`, `style-3` ... if that is taken."""
+    candidates = chain([stem], (f"{stem}-{number}" for number in count(2)))
+    return next(name for name in candidates if name not in taken)
 
 
 def check_count(name: str, value: int, most: int | None = None) -> None:
@@ -129,9 +136,9 @@ def check_embeddings(name: str, embeds: TextEmbeddings) -> None:
         for part in (embeds.sequence, embeds.pooled, *([] if embeds.key_bias is None else [embeds.key_bias]))
     ):
         raise TypeError(f"{name} must hold tensors, as what encode_prompt gives does")
-    if embeds.sequence.ndim != 3 or embeds.pooled.shape != embeds.sequence[:, 0].shape:
+    if embeds.sequence.ndim != 3 or embeds.pooled.ndim != 2 or len(embeds.pooled) != len(embeds.sequence):
         shapes = f"{tuple(embeds.sequence.shape)} and {tuple(embeds.pooled.shape)}"
-        raise ValueError(f"{name} has a sequence and a pooled embedding of shapes {shapes}; must be (B, L, D), (B, D)")
+        raise ValueError(f"{name} has a sequence and a pooled embedding of shapes {shapes}; must be (B, L, D), (B, E)")
     if embeds.key_bias is not None and embeds.key_bias.shape != embeds.sequence.shape[:2]:
         shapes = f"{tuple(embeds.key_bias.shape)} for a sequence of shape {tuple(embeds.sequence.shape)}"
         raise ValueError(f"{name} has a key_bias of shape {shapes}; must be (B, L) for (B, L, D)")

@@ -1,6 +1,7 @@
 """The sizes of every network and the numbers of the noise schedule; the official Kolors values are the defaults.
 
-A configuration is a frozen dataclass. Nothing else in the project holds a size: networks are built from these alone.
+A configuration is a frozen dataclass, and networks are built from these alone; what all of a kind have in common, such
+as the width of a feed-forward network, is in the file of the network.
 """
 
 from dataclasses import dataclass
@@ -8,7 +9,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class GLMConfig:
-    """ChatGLM3-6B as a text encoder (GLM, Du et al. 2022; ChatGLM, GLM team 2024)."""
+    """ChatGLM3-6B as a text encoder (GLM, Du et al. 2022; ChatGLM, GLM team 2024).
+
+    `max_positions` is what files say it was trained for: nothing is built from it.
+    """
 
     vocab_size: int = 65024
     hidden_size: int = 4096
@@ -73,7 +77,7 @@ class ScheduleConfig:
 
 
 SDXL_SCHEDULE = ScheduleConfig(num_train_timesteps=1000, beta_end=0.012)
-"""SDXL's schedule, for comparison: its last timestep keeps four times more signal than Kolors'."""
+"""SDXL's schedule, for comparison: its last timestep has twice the signal of Kolors', so four times the SNR."""
 
 
 @dataclass(frozen=True)

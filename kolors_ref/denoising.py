@@ -18,7 +18,9 @@ class Denoising:
     """The denoising loop, ready to run: iterating over it removes the noise, one `Step` at a time.
 
     Its length is the number of steps to run. It can be run several times; only the sampler's and the generator's noise
-    differs then.
+    differs then. Keys and values of the text are in the contexts: a LoRA that comes or goes later counts for the rest
+    alone. Iterating records no gradients, but where a sampler turns them on; `predict` records them as any network
+    does. Iterating raises FloatingPointError if a step gives NaN or infinity.
 
     Attributes:
         contexts: what calls of the UNet are conditioned on: one call for all pictures, or one for each.
@@ -39,6 +41,7 @@ class Denoising:
     def __len__(self) -> int:
         return 0 if self.plan is None else self.plan.num_steps - self.plan.begin
 
+    @torch.no_grad()
     def __iter__(self) -> Iterator[Step]:
         if self.plan is None:
             return
@@ -46,7 +49,6 @@ class Denoising:
             check_finite(step.latents, f"step {step.index} of the denoising loop (the UNet)")
             yield step
 
-    @torch.no_grad()
     def predict(self, latents: Tensor, timestep: Tensor) -> Tensor:
         """Predicts the guided noise in latents (B, 4, H/8, W/8), which the sampler has scaled for the network."""
         parts = zip(latents.split(len(latents) // len(self.contexts)), self.contexts, strict=True)

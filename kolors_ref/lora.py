@@ -8,7 +8,6 @@ time in the loop; `unfuse` puts the very same weights back. Files are read and w
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from itertools import chain, count
 from numbers import Real
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from weights_conversion.files import check_numbers
 from weights_conversion.lora import LoRA, LowRank, read_lora, save_lora
 
+from .arguments import free_name
 from .models.unet import Upsample
 
 __all__ = [
@@ -35,7 +35,8 @@ __all__ = [
 class Update:
     """One low-rank update at work: as the file has it, its weight in the sum, and its matrices as the layer needs them.
 
-    The hook computes in the layer's number format; fusing computes from the file's own numbers.
+    The hook computes in the layer's number format; fusing computes from the file's own numbers. Matrices that want a
+    gradient are cast anew in every call, so that it reaches them and what an optimizer does to them counts.
     """
 
     low_rank: LowRank
@@ -43,8 +44,16 @@ class Update:
     down: Tensor
     up: Tensor
 
+    @property
+    def is_trained(self) -> bool:
+        """Whether its matrices may change from call to call."""
+        return self.low_rank.down.requires_grad or self.low_rank.up.requires_grad
+
     def like(self, weight: Tensor) -> "Update":
         """The update with its matrices in the number format and on the device of the layer's weight."""
+        if self.is_trained:
+            down, up = (matrix.to(weight.device, weight.dtype) for matrix in (self.low_rank.down, self.low_rank.up))
+            return replace(self, down=down, up=up)
         if all(matrix.dtype == weight.dtype and matrix.device == weight.device for matrix in (self.down, self.up)):
             return self
         with torch.inference_mode(False):  # what is kept must serve a later call that records gradients
@@ -74,10 +83,12 @@ class Adapter:
         if self.base is not None:
             return output
         x = layer.enlarge(*inputs) if isinstance(layer, Upsample) else inputs[0]
-        for name, update in self.updates.items():
-            self.updates[name] = update = update.like(layer.weight)
+        for name, kept in self.updates.items():
+            update = kept.like(layer.weight)
+            if not update.is_trained:
+                self.updates[name] = update
             if isinstance(layer, nn.Conv2d):
-                narrow = F.conv2d(x, update.down, stride=layer.stride, padding=layer.padding)
+                narrow = F.conv2d(x, update.down, stride=layer.stride, padding=layer.padding, dilation=layer.dilation)
                 output = output + F.conv2d(update.factor * narrow, update.up)
             else:
                 output = output + F.linear(update.factor * F.linear(x, update.down), update.up)
@@ -113,8 +124,11 @@ def _adapted(network: nn.Module) -> Iterator[tuple[nn.Module, Adapter]]:
 def attach(network: nn.Module, updates: Mapping[str, LowRank], name: str, scale: float = 1.0) -> None:
     """Puts low-rank updates on a network, beside those it has already; a fused network is fused again with them.
 
+    Matrices that want a gradient get it, and may be changed between calls; they are not among the network's parameters,
+    so an optimizer has to be given them. While the updates are fused, nothing reaches them.
+
     Args:
-        network: any module with linear layers and convolutions.
+        network: the UNet, the text encoder, or another with linear layers and plain convolutions.
         updates: the name of a layer in the network -> its update.
         name: how the updates are called, for `detach`.
         scale: their weight, 1 as trained; it may be 0 or negative.
@@ -134,7 +148,7 @@ def attach(network: nn.Module, updates: Mapping[str, LowRank], name: str, scale:
         if "lora" not in vars(layer):
             layer.lora = Adapter(layer)
         update = Update(low_rank, float(scale) * low_rank.strength, low_rank.down, low_rank.up)
-        layer.lora.updates[name] = update.like(layer.weight)
+        layer.lora.updates[name] = update if update.is_trained else update.like(layer.weight)
     if was_fused:
         fuse(network)
 
@@ -203,7 +217,7 @@ def _check_fit(network: nn.Module, updates: Mapping[str, LowRank]) -> None:
     wrong = []
     for name, low_rank in updates.items():
         layer = modules.get(name)
-        if not isinstance(layer, nn.Linear | nn.Conv2d):
+        if not isinstance(layer, nn.Linear) and type(layer) not in (nn.Conv2d, Upsample):
             wrong.append(f"{name!r}, which is not a linear layer or convolution there")
             continue
         right = tuple(layer.weight.shape)
@@ -242,7 +256,8 @@ def load(networks: Mapping[str, nn.Module], path: str | Path, scale: float = 1.0
     """
     _check_scale(scale)
     lora = read_lora(path)
-    name = _free_name(networks, Path(path)) if name is None else name
+    if name is None:
+        name = free_name(Path(path).name if Path(path).is_dir() else Path(path).stem, _loaded(networks))
     for network, updates in lora.networks.items():
         if network not in networks:
             raise ValueError(f"{path} has {len(updates)} updates for a network that is not there, the {network}.")
@@ -270,11 +285,3 @@ def unload(networks: Mapping[str, nn.Module], name: str | None = None) -> None:
 
 def _loaded(networks: Mapping[str, nn.Module]) -> list[str]:
     return list(dict.fromkeys(name for network in networks.values() for name in attached(network)))
-
-
-def _free_name(networks: Mapping[str, nn.Module], path: Path) -> str:
-    """`style`, or `style-2`, `style-3` ... for style.safetensors."""
-    stem = path.name if path.is_dir() else path.stem
-    candidates = chain([stem], (f"{stem}-{number}" for number in count(2)))
-    loaded = _loaded(networks)
-    return next(name for name in candidates if name not in loaded)

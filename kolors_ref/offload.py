@@ -325,6 +325,14 @@ def let_rest(
     for head, unit in units.items():
         head.register_forward_pre_hook(lambda head, inputs, unit=unit: carrier.before(unit))
         head.register_forward_hook(lambda head, inputs, output, unit=unit: carrier.after(unit))
+        if not isinstance(carrier, OneAtATime):
+            head.register_forward_hook(refuse_gradients)
+
+
+def refuse_gradients(head: nn.Module, inputs: tuple, output: Tensor) -> None:
+    """RuntimeError if a gradient is wanted of what has computed: its weights are gone when their turn comes again."""
+    if output.requires_grad:
+        raise RuntimeError('gradients need weights that stay; load with offload="none"')
 
 
 def let_stay(network: tuple[Unit, ...], once: set[Unit], capacity: int) -> None:

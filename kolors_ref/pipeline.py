@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from . import lora
-from .arguments import as_prompts, check_finite, check_latents, check_output_type, check_side
+from .arguments import as_prompts, check_finite, check_latents, check_output_type, check_side, free_name
 from .decoding import decode_tiled, without_overflow
 from .denoising import Denoising
 from .image_prompts import Adapter, encode_pictures, image_layers, load_adapter
@@ -101,10 +100,10 @@ class KolorsPipeline:
             unet: a checkpoint or single file whose UNet replaces the folder's.
             offload: where the text encoder and the UNet are. "none": on the device. "model": in the file, and on the
                 device one at a time, while it works. "stream": in the file, and on the device block by block, for
-                machines whose memory holds neither; on CUDA up to 3.5 GB of the UNet stay while it works. The pictures
-                are the same; the autoencoder and the networks of image prompts are always on the device. A weight of
-                another type than dtype is cast every time. By default "none", but on a CPU "stream" if the weights to
-                cast would take more than half of the memory.
+                machines whose memory holds neither; on CUDA up to 3.5 GB of the UNet stay while it works. Gradients
+                need "none". The pictures are the same; the autoencoder and the networks of image prompts are always on
+                the device. A weight of another type than dtype is cast every time. By default "none", but on a CPU
+                "stream" if the weights to cast would take more than half of the memory.
             compile: whether torch compiles the UNet's transformer blocks while the first picture is made, for the next
                 ones to be faster; not with offload, and on a CPU a C++ compiler is needed.
 
@@ -132,7 +131,10 @@ class KolorsPipeline:
 
     @torch.no_grad()
     def encode_prompt(self, prompts: str | Sequence[str], max_sequence_length: int = MAX_LENGTH) -> TextEmbeddings:
-        """Encodes N prompts in the official layout: sequence (N, 256, D) with all pads, and pooled (N, D)."""
+        """Encodes N prompts in the official layout: sequence (N, max_sequence_length, D) with all pads, pooled (N, D).
+
+        Raises TypeError and ValueError for what is no prompt.
+        """
         return padded_layout(self.tokenizer(prompts, max_sequence_length)).encode(self.text_encoder)
 
     @torch.no_grad()
@@ -140,6 +142,7 @@ class KolorsPipeline:
         """Encodes N prompts in as few passes as pay, every distinct prompt once and without repeating its pads.
 
         Equal to `encode_prompt` in real arithmetic; see text_layout.py. Where pictures are computed apart, prompts are.
+        Raises TypeError and ValueError for what is no prompt.
         """
         prompts = as_prompts("prompts", prompts)
         distinct = list(dict.fromkeys(prompts))
@@ -164,8 +167,7 @@ class KolorsPipeline:
             ValueError: a file is damaged or made for another model, or the name is in use.
         """
         if name is None:
-            stem = Path(path).stem
-            name = next(new for new in chain([stem], (f"{stem}-{i}" for i in count(2))) if new not in self.ip_adapters)
+            name = free_name(Path(path).stem, self.ip_adapters)
         if name in self.ip_adapters:
             raise ValueError(f"an IP-Adapter named {name!r} is loaded already; unload it or choose another name")
         self.ip_adapters[name] = load_adapter(path, image_encoder, self.unet, list(self.ip_adapters.values()))
@@ -190,6 +192,7 @@ class KolorsPipeline:
 
         Raises:
             TypeError, ValueError: a picture cannot be used, or no IP-Adapter is loaded.
+            FloatingPointError: CLIP gave NaN or infinity.
         """
         return encode_pictures(list(self.ip_adapters.values()), ip_adapter_image)
 
@@ -242,11 +245,14 @@ class KolorsPipeline:
     def denoise(self, *args: Any, **kwargs: Any) -> Denoising:
         """Encodes the conditions and draws the noise; the loop runs when the result is iterated over.
 
+        Weights, LoRAs and IP-Adapters have to be as they are wanted before.
+
         Args:
             args, kwargs: the fields of `Request`: prompt, negative_prompt, height, width, ...
 
         Raises:
             ValueError, TypeError: an argument is wrong.
+            FloatingPointError: text, a reference picture or the picture to start from gave NaN or infinity.
         """
         request = Request(*args, **kwargs)
         if request.guidance_scale is None:
@@ -300,7 +306,10 @@ class KolorsPipeline:
         pixels = torch.cat(without_overflow(self.vae, latents.split(1), decode))
         check_finite(pixels, "decoding (the VAE)")
         if (pixels <= BLACK).flatten(1).all(1).any():
-            raise FloatingPointError("decoding (the VAE) gave an all-black picture; try another dtype or prompt")
+            raise FloatingPointError(
+                "decoding (the VAE) gave an all-black picture; try another dtype or prompt, "
+                'or output_type="latent" for what it was decoded from'
+            )
         return from_pixels(pixels, output_type)
 
     def _plan(self, request: Request) -> tuple[Sampler, Plan]:
@@ -338,9 +347,13 @@ class KolorsPipeline:
 
     def _given(self, embeds: TextEmbeddings) -> TextEmbeddings:
         """Brings embeddings of the caller's to the UNet; ValueError for those of another text encoder."""
-        size, needed = embeds.pooled.shape[1], self.unet.config.text_dim
-        if size != needed:
-            raise ValueError(f"prompt_embeds or negative_prompt_embeds are {size} wide, but this UNet takes {needed}")
+        sizes = embeds.sequence.shape[2], embeds.pooled.shape[1]
+        needed = self.unet.config.text_dim, self.unet.config.pooled_dim
+        if sizes != needed:
+            raise ValueError(
+                f"prompt_embeds or negative_prompt_embeds are {sizes[0]} wide, and {sizes[1]} where they are pooled, "
+                f"but this UNet takes {needed[0]} and {needed[1]}"
+            )
         return embeds.to(self.device, self.dtype)
 
     def _contexts(
@@ -365,7 +378,7 @@ class KolorsPipeline:
         own_generators = isinstance(request.generator, list | tuple) and len(request.generator) > 1
         rows = starts if own_generators else list(range(len(image)))
         weight = self.vae.quant_conv.weight
-        # Where the weights are fp16, the official pipeline encodes in fp32.
+        # Where the weights are fp16, the official pipeline encodes in fp32, and so draws this noise.
         dtype = torch.float32 if weight.dtype == torch.float16 else weight.dtype
         noise = draw_noise((len(rows), *shape[1:]), request.generator, weight.device, dtype)
         mean, std = torch.cat(without_overflow(self.vae, image.split(1), mean_and_std), dim=1)

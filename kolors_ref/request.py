@@ -59,7 +59,8 @@ class Request:
         ip_adapter_embeds: what `encode_image` gave, in place of ip_adapter_image.
         original_size, crops_coords_top_left, target_size: (h, w) in pixels, conditions of the UNet (Podell et al. 2023,
             section 2.2); the sizes are height and width if None, and the native ones where these are None too. The
-            negative_ twins go to the negative branch, which has the same as the other if none of them is given.
+            negative_ twins go to the negative branch, which has the same as the other if none of them is given; if one
+            is, a crop that is not is (0, 0).
         timesteps, sigmas: custom ones, in place of num_inference_steps, where the sampler takes them.
         prompt_embeds, negative_prompt_embeds: embeddings in place of prompts, one row a prompt.
         max_sequence_length: tokens of a prompt, prefix included; what is beyond is cut off.

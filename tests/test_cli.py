@@ -5,6 +5,7 @@ import json
 import os
 import pty
 import re
+import select
 import signal
 import subprocess
 import sys
@@ -43,7 +44,8 @@ print(faults() - before)
 def kolors(small_checkpoint, small_pipe, tmp_path, monkeypatch, capsys):
     """kolors(*arguments) -> exit status, standard output, standard error; in an empty folder, the model preloaded."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(KolorsPipeline, "from_pretrained", lambda *arguments: small_pipe)
+    monkeypatch.setattr(KolorsPipeline, "from_pretrained", lambda *arguments: loads.append(arguments) or small_pipe)
+    loads = []
 
     def run(*arguments, model=small_checkpoint):
         arguments = [*arguments, *([] if model is None else ["--model", model])]
@@ -53,6 +55,7 @@ def kolors(small_checkpoint, small_pipe, tmp_path, monkeypatch, capsys):
             status = exit.code
         return status, *capsys.readouterr()
 
+    run.loads = loads
     return run
 
 
@@ -194,6 +197,53 @@ def test_a_picture_to_start_from(kolors):
     assert pixels("a.png") != pixels("b.png")
 
 
+def test_what_is_loaded_is_what_was_asked_for(kolors, small_pipe, small_checkpoint, monkeypatch):
+    """And again with --repeat, where the type is the one that was computed in."""
+    Path("unet.safetensors").write_bytes(b"weights")
+    options = ["--dtype", "float16", "--device", "cuda:1", "--variant", "fp16", "--offload", "model"]
+    adapters = []
+    monkeypatch.setattr(small_pipe, "load_ip_adapter", lambda *arguments: adapters.append(arguments))
+    monkeypatch.setattr(small_pipe, "denoise", lambda **arguments: 1 / 0)
+    Image.effect_noise((64, 64), 60).save("reference.png")
+    reference = ["--ip-adapter", "a.bin", "--ip-image", "reference.png", "--image-encoder", "clip"]
+    kolors("a cat", *SMALL, *options, "--unet", "unet.safetensors", *reference, "--seed", "5", "-o", "a.png")
+    monkeypatch.undo()
+    assert kolors.loads == [(str(small_checkpoint), torch.float16, "cuda:1", "fp16", "unet.safetensors", "model")]
+    assert adapters == [("a.bin", "clip")]
+
+
+def test_what_is_loaded_again(kolors, small_checkpoint):
+    kolors("a cat", *SMALL, "--offload", "stream", "--variant", "fp16", "--seed", "5", "-o", "a.png")
+    kolors("--repeat", "a.png", "-o", "b.png", model=None)
+    first, again = kolors.loads
+    assert first == (str(small_checkpoint), None, "cpu", "fp16", None, "stream")
+    assert again == (str(small_checkpoint), torch.float32, "cpu", "fp16", None, "stream")
+
+
+@pytest.mark.parametrize(
+    ("error", "mentions"),
+    [
+        (MemoryError(), "out of memory; try a smaller picture"),
+        (RuntimeError("CUDA out of memory. Tried\nmore"), "out of memory (CUDA out of memory. Tried); try a smaller"),
+    ],
+)
+def test_too_little_memory(expect_refused, small_pipe, monkeypatch, error, mentions):
+    def fail(*arguments, **options):
+        raise error
+
+    monkeypatch.setattr(small_pipe, "decode", fail)
+    expect_refused("a cat", *SMALL, "--seed", "5", "-o", "a.png", mentions=mentions)
+
+
+def test_other_errors_of_torch_are_not_hidden(kolors, small_pipe, monkeypatch):
+    def fail(*arguments, **options):
+        raise RuntimeError("a mistake of ours")
+
+    monkeypatch.setattr(small_pipe, "decode", fail)
+    with pytest.raises(RuntimeError, match="a mistake of ours"):
+        kolors("a cat", *SMALL, "--seed", "5", "-o", "a.png")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # --repeat
 # ---------------------------------------------------------------------------------------------------------------------
@@ -205,15 +255,18 @@ def test_a_picture_to_start_from(kolors):
         ["--sampler", "euler-ancestral", "--steps", "2"],
         ["--negative-prompt", "丑", "--guidance-scale", "2.5", "--max-sequence-length", "16"],
         ["--guidance-scale", "1", "--width", "72"],
-        ["--num-images", "2", "another prompt"],
+        ["--num-images", "2"],
         ["--guidance-interval", "0.2,0.6", "--steps", "4", "--decoding", "tiled", "--offload", "stream"],
     ],
     ids=" ".join,
 )
 def test_repeat_makes_the_same_picture(kolors, options):
     """Each of them, where there were several; under its default name too."""
-    kolors("a cat", *SMALL, "--seed", "5", *options, "-o", "a.png")
-    for path in sorted(Path().glob("a*.png")):
+    prompts = ["a cat", *(["another prompt"] if "--num-images" in options else [])]
+    assert kolors(*prompts, *SMALL, "--seed", "5", *options, "-o", "a.png")[0] == 0
+    paths = sorted(Path().glob("a*.png"))
+    assert len(paths) == (4 if "--num-images" in options else 1)
+    for path in paths:
         status, out, err = kolors("generate", "--repeat", path, model=None)
         assert (status, out, err) == (0, "kolors-5.png\n", "")
         assert Path("kolors-5.png").read_bytes() == path.read_bytes()
@@ -559,9 +612,10 @@ def test_progress_and_ctrl_c(small_checkpoint, tmp_path):
     shown, deadline = b"", time.monotonic() + 60
     try:
         while not re.search(rb"[1-9]\d*/1000 ", shown) and time.monotonic() < deadline:
-            shown += os.read(terminal, 4096)
+            if select.select([terminal], [], [], 1)[0]:
+                shown += os.read(terminal, 4096)
         process.send_signal(signal.SIGINT)
-        assert process.wait(20) == 130
+        assert process.wait(60) == 130
         while more := os.read(terminal, 4096):
             shown += more
     except OSError:  # the terminal's other side is closed

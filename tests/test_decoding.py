@@ -159,6 +159,29 @@ def test_every_pixel_is_where_it_belongs(size):
     assert len(vae.windows) - 1 == len(tile_starts(size[0], 8, 3)) * len(tile_starts(size[1], 8, 3))
 
 
+def test_the_pipeline_decodes_in_tiles(small_checkpoint, monkeypatch):
+    """Of 1024 pixels; here of fewer, so that a small picture has several."""
+    assert decode_tiled.__defaults__[0] == 128
+    monkeypatch.setattr(decode_tiled, "__defaults__", (8, 3))
+    pipe, calls = KolorsPipeline.from_pretrained(small_checkpoint), Calls(monkeypatch, "decode")
+    whole = draw(pipe, height=96, width=64, tiled_decoding=False)
+    assert len(calls.dtypes) == 1
+    tiled = draw(pipe, height=96, width=64, tiled_decoding=True)
+    assert len(calls.dtypes) == 1 + 2
+    assert 1e-4 < (tiled - whole).abs().mean() < 0.1
+
+
+def test_one_black_picture_among_others(small_checkpoint, monkeypatch):
+    pipe = KolorsPipeline.from_pretrained(small_checkpoint)
+    decode = VAE.decode
+    monkeypatch.setattr(VAE, "decode", lambda vae, x: decode(vae, x) if x.mean() > 0 else -torch.ones(1, 3, 32, 32))
+    x = torch.ones(2, 4, 4, 4)
+    pipe.decode(x)
+    x[1] = -1
+    with pytest.raises(FloatingPointError, match="all-black picture"):
+        pipe.decode(x)
+
+
 def test_one_tile_is_the_whole(small_checkpoint, monkeypatch):
     """Up to 1024 pixels nothing changes."""
     pipe = KolorsPipeline.from_pretrained(small_checkpoint)

@@ -245,6 +245,18 @@ def test_rows_of_the_context(one):
     assert not torch.allclose(key[:4], alone, atol=1e-2)
 
 
+def test_all_pictures_at_once_see_them_too(pipe, files):
+    """In half precision the pictures of a call share one context."""
+    pipe.unet.bfloat16()
+    pipe.load_ip_adapter(files / "first.safetensors", image_encoder=files / "image_encoder")
+    several = {"num_images_per_prompt": 2, "prompts": 2}
+    [context] = pipe.denoise(**arguments(ip_adapter_image=picture(), **several)).contexts
+    assert all(len(layer) == 2 for layer in context.layers)
+    assert [len(part.key) for part in context.layers[0]] == [8, 8]
+    before, after = run(pipe, **several), run(pipe, ip_adapter_image=picture(), **several)
+    assert (before - after).abs().flatten(1).max(1).values.min() > 0.1
+
+
 def test_nothing_is_recomputed(one):
     """CLIP, resampler and projections run once, whatever the number of steps."""
     adapter, runs = one.ip_adapters["first"], []

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from kolors_ref.config import GLMConfig, UNetConfig
+from kolors_ref.config import GLMConfig, UNetConfig, VAEConfig
 from kolors_ref.lora import (
     LoRA,
     LowRank,
@@ -26,6 +26,7 @@ from kolors_ref.lora import (
 )
 from kolors_ref.models.glm import GLMEncoder
 from kolors_ref.models.unet import UNet
+from kolors_ref.models.vae import VAE
 from weights_conversion.__main__ import main
 from weights_conversion.keymaps.lora import NAMINGS, Place, to_official, to_ours
 
@@ -282,6 +283,32 @@ def test_matrices_of_two_formats(unet):
     assert torch.equal(run(unet), run(other))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("late", [False, True])
+def test_matrices_can_be_trained(unet, dtype, late):
+    """In fp32 on a network in half precision too: a gradient reaches them, and what a step does to them counts."""
+    wanted = updates(unet, LAYERS)
+    matrices = [matrix for low_rank in wanted.values() for matrix in (low_rank.down, low_rank.up)]
+    unet.to(dtype)
+    if late:
+        attach(unet, wanted, "a")
+        run(unet)
+    for matrix in matrices:
+        matrix.requires_grad_()
+    if not late:
+        attach(unet, wanted, "a")
+    optimizer, losses = torch.optim.Adam(matrices, 3e-2), []
+    for _ in range(4):
+        loss = run.__wrapped__(unet).float().square().mean()  # with gradients
+        loss.backward()
+        assert all(matrix.grad.abs().sum() > 0 for matrix in matrices)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.8 * losses[0]
+    copy.deepcopy(unet)
+
+
 def test_gradients_after_inference_mode(unet):
     """Matrices cast inside inference mode still serve a later call that records gradients."""
     attach(unet, updates(unet, LAYERS), "a")
@@ -337,6 +364,14 @@ def test_updates_that_do_not_fit(unet):
         with pytest.raises(ValueError, match=message):
             attach(unet, good | bad, "a")
         assert not any("lora" in vars(module) for module in unet.modules())
+
+
+def test_a_convolution_of_another_kind(unet):
+    """The autoencoder enlarges before it convolves, which no hook knows of."""
+    vae = VAE(VAEConfig(channels=(8, 8), layers_per_block=1, norm_groups=4))
+    low_rank = LowRank(torch.ones(2, 8, 3, 3), torch.ones(8, 2, 1, 1), 1.0)
+    with pytest.raises(ValueError, match=r"'decoder.up.0.upsample', which is not a linear layer"):
+        attach(vae, {"decoder.up.0.upsample": low_rank}, "a")
 
 
 def test_names_that_are_taken_or_unknown(unet):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -9,7 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from kolors_ref import Request, TextEmbeddings
+from kolors_ref import KolorsPipeline, Request, TextEmbeddings
+from kolors_ref.models.unet import UNet
 from kolors_ref.sampling import Euler, EulerAncestral
 
 SIZES = {"height": 32, "width": 32, "num_inference_steps": 1, "output_type": "pt"}
@@ -154,7 +156,8 @@ def test_a_picture_that_is_too_large(small_pipe):
         (embeddings(size=24), "24"),
         (embeddings(sequence=torch.zeros(1, 4)), "(1, 4)"),
         (embeddings(pooled=torch.zeros(2, 16)), "(2, 16)"),
-        (embeddings(pooled=torch.zeros(1, 24)), "(1, 24)"),
+        (embeddings(pooled=torch.zeros(1, 24)), "16 wide, and 24 where they are pooled, but this UNet takes 16 and 16"),
+        (embeddings(pooled=torch.zeros(1, 4, 16)), "(1, 4, 16)"),
         (embeddings(key_bias=torch.zeros(1, 5)), "(1, 5)"),
         (embeddings(n=0), "at least one"),
         (embeddings(sequence=torch.full((1, 4, 16), math.nan)), "holds NaN or infinity"),
@@ -167,6 +170,17 @@ def test_embeddings_that_do_not_fit(small_pipe, name, embeds, mentions):
     """In shape or numbers; the UNet is not blamed for what it was given."""
     arguments = {"prompt_embeds": embeddings(), **SIZES, name: embeds}
     expect(ValueError, lambda: small_pipe(**arguments), mentions)
+
+
+def test_the_pooled_embedding_may_be_of_another_width(small_pipe):
+    """As where two text encoders are at work."""
+    config = replace(small_pipe.unet.config, pooled_dim=12)
+    parts = {**vars(small_pipe), "unet": UNet(config).requires_grad_(False)}
+    parts.pop("ip_adapters")
+    pooled = torch.randn(1, 12, generator=torch.Generator().manual_seed(0))
+    embeds = embeddings(pooled=pooled)
+    pictures = KolorsPipeline(**parts)(prompt_embeds=embeds, negative_prompt_embeds=embeds, **SIZES)
+    assert pictures.isfinite().all()
 
 
 def test_embeddings_that_are_no_tensors(small_pipe):
@@ -212,3 +226,19 @@ def test_what_is_taken(small_pipe, arguments):
 def test_names_that_are_none(small_pipe):
     with pytest.raises(TypeError, match="num_steps"):
         small_pipe("a cat", num_steps=3)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "per_prompt", "given", "starts"),
+    [
+        (1, 3, 1, [0, 0, 0]),
+        (1, 2, 2, [0, 1]),
+        (4, 1, 2, [0, 1, 0, 1]),
+        (2, 2, 2, [0, 0, 1, 1]),
+        (2, 3, 6, [0, 1, 2, 3, 4, 5]),
+        (2, 3, 3, [0, 1, 2, 0, 1, 2]),
+    ],
+)
+def test_which_picture_each_starts_from(prompts, per_prompt, given, starts):
+    """One for all, one for each prompt, or in turn."""
+    assert Request(["a cat"] * prompts, num_images_per_prompt=per_prompt).starts(given) == starts

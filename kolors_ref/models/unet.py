@@ -290,7 +290,10 @@ def up_levels(config: UNetConfig) -> Iterator[Level]:
 
 
 class UNet(nn.Module):
-    """Predicts the noise in latents, given the timestep, the text and the sizes."""
+    """Predicts the noise in latents, given the timestep, the text and the sizes.
+
+    Where no gradient is wanted, what a layer gives is often added to in place: a hook that keeps it must clone it.
+    """
 
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
@@ -319,8 +322,9 @@ class UNet(nn.Module):
             text: the text encoder's sequence embedding, (B, L, text_dim).
             pooled: its pooled embedding, (B, pooled_dim).
             sizes: (B, 6) in pixels: original height and width, top and left of the crop, target height and width
-                (Podell et al. 2023, section 2.2).
-            key_bias: (B, L), added to every cross-attention's scores; none if None.
+                (Podell et al. 2023, section 2.2). Their sinusoids are of fp32 numbers; diffusers rounds them to the
+                type of the text before, to 1368 for 1366 in bf16.
+            key_bias: (B, L), added to every cross-attention's scores in the network's type; none if None.
         """
         dtype = self.conv_in.weight.dtype
         sizes = sinusoid(sizes, self.config.size_embed_dim).flatten(1)

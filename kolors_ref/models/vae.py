@@ -204,7 +204,10 @@ class Posterior:
 
 
 class VAE(nn.Module):
-    """The autoencoder, with latents in the UNet's scale on the outside."""
+    """The autoencoder, with latents in the UNet's scale on the outside.
+
+    Where no gradient is wanted, what a layer gives is often added to in place: a hook that keeps it must clone it.
+    """
 
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
@@ -215,7 +218,7 @@ class VAE(nn.Module):
         self.decoder = Decoder(config)
 
     def encode(self, pixels: Tensor) -> Posterior:
-        """Encodes pictures (B, 3, H, W) in [-1, 1], H and W multiples of 8."""
+        """Encodes pictures (B, 3, H, W) in [-1, 1]; of sides that are no multiples of 8, what is over is lost."""
         moments = self.quant_conv(self.encoder(self.laid_out(pixels)))
         mean, log_variance = moments.chunk(2, dim=1)
         std = torch.exp(0.5 * log_variance.clamp(-30.0, 20.0))

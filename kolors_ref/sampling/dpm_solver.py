@@ -32,7 +32,8 @@ def dpm_update(
 ) -> Tensor:
     """x carried from level `start` to level `end` by integrating a Taylor polynomial of the denoised picture.
 
-    derivatives: D_k = h^k d^k x0 / d lam^k at `start`, one to three of them, h being the step in lam (proposition 4.1).
+    derivatives: D_k = h^k d^k x0 / d lam^k at `start`, one to three of them, h being the step in lam (proposition 4.1);
+    but see `backward_derivatives` for the D_2 that comes.
     solver_type "heun" gives D_1 its exact weight, "midpoint" one equal to second order; beside a D_2 it is exact.
     With `noise` this is the step of the diffusion SDE (their SDE-DPM-Solver++), which forgets x twice as fast.
     """
@@ -51,7 +52,11 @@ def dpm_update(
 
 
 def backward_derivatives(denoised: Sequence[Tensor], lams: Sequence[float], h: float) -> list[Tensor]:
-    """The D_k of `dpm_update` at the newest of one to three pictures, newest first, at `lams`: divided differences."""
+    """The D_k of `dpm_update` at the newest of one to three pictures, newest first, at `lams`: divided differences.
+
+    D_2 is only half of h^2 d^2 x0 / d lam^2, as in the reference implementation, with whose numbers ours agree; so the
+    method of "third order" is of second order.
+    """
     derivatives = [denoised[0]]
     if len(denoised) > 1:
         h0 = lams[0] - lams[1]
@@ -92,7 +97,7 @@ def multistep(
         derivatives = backward_derivatives(denoised[:order], lams, levels[i + 1].lam - lams[0])
         noise = draw_noise().to(x) if settings.stochastic else None
         x = dpm_update(x, levels[i], levels[i + 1], derivatives, settings.solver_type, noise)
-        yield Step(i, plan.timesteps[i], sigmas[i], x, output)
+        yield Step(i, plan.timesteps[i], sigmas[i], x, output, newest)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -182,7 +187,7 @@ class DPMSolverPPSingle:
             else:
                 opening = x, denoised
                 x = dpm_update(x, levels[i], levels[i + 1], [denoised], self.solver_type)
-            yield Step(i, plan.timesteps[i], sigmas[i], x, noise_pred)
+            yield Step(i, plan.timesteps[i], sigmas[i], x, noise_pred, denoised)
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ def is_guided(timestep: Tensor, timesteps: Tensor, interval: tuple[float, float]
 
     Args:
         timestep: (), where the prediction is made; a step of two predictions makes them at two timesteps.
-        timesteps: (n,), those of the plan, descending.
+        timesteps: (n,), those of the plan, never rising; equal ones count as one.
         interval: from the first share of them on, and before the second: (0, 1) is all of them.
     """
     start, end = interval

@@ -9,7 +9,10 @@ from torch import Tensor
 from kolors_ref.sampling.schedule import NoiseSchedule, Plan
 
 Predict = Callable[[Tensor, Tensor], Tensor]
-"""(model_input, timestep) -> noise_pred: latents scaled for the network (B, C, H, W), a timestep (), noise."""
+"""(model_input, timestep) -> noise_pred: latents scaled for the network (B, C, H, W), a timestep (), noise.
+
+It records gradients where they are turned on, for samplers that are guided by them.
+"""
 DrawNoise = Callable[[], Tensor]
 """() -> unit noise of the latents' shape."""
 Values = Sequence[float] | None
@@ -19,8 +22,13 @@ Values = Sequence[float] | None
 class Step:
     """What one step of a run leaves behind.
 
-    index counts in the plan; timestep (), sigma and noise_pred belong to the level the step started from, latents to
-    the one it reached. latents are fp32 where the run was started in half precision.
+    index counts in the plan; timestep (), sigma, noise_pred and denoised belong to the level the step started from,
+    latents to the one it reached. latents are fp32 where the run was started in half precision.
+
+    sigma is the ratio of noise to signal everywhere, but latents are scaled as the sampler has them: clean latents plus
+    sigma times noise in the Euler family and EDM, that divided by sqrt(sigma^2 + 1) in the others. denoised is what
+    latents would be without the noise that was predicted: decode it to see the picture so far. noise_pred is what the
+    network gave, and in EDM a part of that noise only. denoised is None if a sampler does not tell.
     """
 
     index: int
@@ -28,6 +36,7 @@ class Step:
     sigma: float
     latents: Tensor
     noise_pred: Tensor
+    denoised: Tensor | None = None
 
 
 @runtime_checkable

@@ -28,7 +28,7 @@ from kolors_ref.sampling.schedule import NoiseSchedule, Plan, at_least_fp32, edm
 class Euler:
     """Euler's method on dx/dsigma (Karras et al. 2022, algorithm 1 without its correction).
 
-    karras: the levels of `karras_sigmas` between the first and the last of the schedule's own.
+    karras: the levels of `karras_sigmas` between the first and the last that the run would have without.
     """
 
     karras: bool = False
@@ -64,9 +64,11 @@ class Euler:
         """See `Sampler.run`."""
         x, sigmas = at_least_fp32(latents), plan.sigmas.tolist()
         for i in range(plan.begin, plan.num_steps):
-            d = predict_noise(predict, x, plan.timesteps[i], sigmas[i])
-            x = x + (sigmas[i + 1] - sigmas[i]) * d
-            yield Step(i, plan.timesteps[i], sigmas[i], x, d)
+            sigma, sigma_next = sigmas[i : i + 2]
+            d = predict_noise(predict, x, plan.timesteps[i], sigma)
+            denoised = x - sigma * d
+            x = x + (sigma_next - sigma) * d
+            yield Step(i, plan.timesteps[i], sigma, x, d, denoised)
 
 
 @dataclass(frozen=True)
@@ -92,8 +94,9 @@ class EulerAncestral:
             sigma_up = sigma_next * math.sqrt(1 - (sigma_next / sigma) ** 2)
             sigma_down = sigma_next**2 / sigma  # so that sigma_down^2 + sigma_up^2 = sigma_next^2
             d = predict_noise(predict, x, plan.timesteps[i], sigma)
+            denoised = x - sigma * d
             x = x + (sigma_down - sigma) * d + sigma_up * draw_noise().to(x)
-            yield Step(i, plan.timesteps[i], sigma, x, d)
+            yield Step(i, plan.timesteps[i], sigma, x, d, denoised)
 
 
 @dataclass(frozen=True)
@@ -114,16 +117,17 @@ class Heun:
         return edm_level(plan.first_sigma).mix(latents, noise)
 
     def run(self, predict: Predict, latents: Tensor, plan: Plan, draw_noise: DrawNoise) -> Iterator[Step]:
-        """See `Sampler.run`; `noise_pred` is the first of a step's two predictions."""
+        """See `Sampler.run`; `noise_pred` and `denoised` are of the first of a step's two predictions."""
         x, sigmas = at_least_fp32(latents), plan.sigmas.tolist()
         for i in range(plan.begin, plan.num_steps):
             sigma, sigma_next = sigmas[i : i + 2]
             d = slope = predict_noise(predict, x, plan.timesteps[i], sigma)
+            denoised = x - sigma * d
             if sigma_next > 0:
                 d_next = predict_noise(predict, x + (sigma_next - sigma) * d, plan.timesteps[i + 1], sigma_next)
                 slope = (d + d_next) / 2
             x = x + (sigma_next - sigma) * slope
-            yield Step(i, plan.timesteps[i], sigma, x, d)
+            yield Step(i, plan.timesteps[i], sigma, x, d, denoised)
 
 
 def predict_noise(predict: Predict, x: Tensor, timestep: Tensor, sigma: float) -> Tensor:
@@ -182,10 +186,11 @@ class DDIM:
             now, then = vp_level(sigmas[i]), vp_level(sigmas[i + 1])
             noise_pred = predict(x, plan.timesteps[i]).to(x)
             std = self.eta * then.sigma / now.sigma * math.sqrt(1 - (now.alpha / then.alpha) ** 2)
-            x = then.alpha * now.denoise(x, noise_pred) + math.sqrt(then.sigma**2 - std**2) * noise_pred
+            denoised = now.denoise(x, noise_pred)
+            x = then.alpha * denoised + math.sqrt(then.sigma**2 - std**2) * noise_pred
             if self.eta > 0:
                 x = x + std * draw_noise().to(x)
-            yield Step(i, plan.timesteps[i], sigmas[i], x, noise_pred)
+            yield Step(i, plan.timesteps[i], sigmas[i], x, noise_pred, denoised)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

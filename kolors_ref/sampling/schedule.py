@@ -27,7 +27,7 @@ Ramp = TypeVar("Ramp", np.ndarray, Tensor)
 class Plan:
     """One sampling run, laid out before it starts.
 
-    timesteps (n,): what the network is told, descending; sigmas (n + 1,) fp32: the noise level before each step, and
+    timesteps (n,): what the network is told, never rising; sigmas (n + 1,) fp32: the noise level before each step, and
     after the last; initial_scale: what unit noise is multiplied by to start from; begin: the first step to run.
     """
 
@@ -54,7 +54,11 @@ class Plan:
 
 
 class Level(NamedTuple):
-    """A noise level in some frame: x = alpha * x0 + sigma * noise, and lam = log(alpha / sigma), half the log-SNR."""
+    """A noise level in some frame: x = alpha * x0 + sigma * noise, and lam = log(alpha / sigma), half the log-SNR.
+
+    This sigma multiplies the noise of the frame's own x: in `vp_level` it is alpha times the ratio that is called sigma
+    elsewhere.
+    """
 
     alpha: float
     sigma: float

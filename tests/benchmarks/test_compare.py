@@ -291,8 +291,8 @@ def test_stages_are_shown_as_ratios_and_shares_of_the_limits(tmp_path):
 
 def test_peak_memory_sees_what_is_gone():
     with PeakMemory() as memory:
-        torch.ones(2**24)
+        torch.ones(2**28, dtype=torch.uint8)  # too large for glibc to keep
     with PeakMemory() as later:
         pass
     assert memory.peaks["VmHWM"] >= memory.peaks["RssAnon"]
-    assert memory.peaks["VmHWM"] >= later.peaks["RssAnon"] + 2**24
+    assert memory.peaks["VmHWM"] >= later.peaks["VmHWM"] + 0.9 * 2**28

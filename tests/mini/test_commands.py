@@ -14,6 +14,7 @@ from PIL import Image
 from kolors_ref import KolorsPipeline, cli
 from kolors_ref.mini import commands
 from kolors_ref.mini.processes import Processes
+from kolors_ref.mini.prompts import mini_prompts
 from kolors_ref.mini.recipe import Recipe
 from kolors_ref.mini.reuse import reuse_stages
 from kolors_ref.mini.train import Run, train_mini
@@ -197,7 +198,7 @@ def test_the_unets_steps_can_be_chosen(capsys, monkeypatch):
 
 
 def test_evaluation_prints_and_writes(capsys, small_checkpoint, tmp_path):
-    arguments = ("--model", small_checkpoint, "--limit", "1", "--steps", "1", "--language", "zh", "--batch-size", "5")
+    arguments = ("--model", small_checkpoint, "--limit", "1", "--steps", "1", "--language", "zh", "--device", "cpu")
     status, out, _ = run(capsys, "evaluate", *arguments, "--sampler", "euler", "-o", tmp_path / "scores")
     assert status == 0
     assert out.splitlines()[0].split() == ["category", "prompts", "zh", "all"]
@@ -206,8 +207,31 @@ def test_evaluation_prints_and_writes(capsys, small_checkpoint, tmp_path):
     assert Image.open(tmp_path / "scores" / "sheet.png").size[1] == 104 * 10
 
 
+def test_evaluation_draws_as_it_was_asked_to(capsys, monkeypatch, tmp_path):
+    calls = []
+
+    class Pipe:
+        def __call__(self, prompts, **options):
+            calls.append({**options, "generator": [generator.initial_seed() for generator in options["generator"]]})
+            return [Image.new("RGB", (128, 128))] * len(prompts)
+
+    monkeypatch.setattr(
+        commands.KolorsPipeline, "from_pretrained", lambda *arguments: calls.append(arguments) or Pipe()
+    )
+    asked = ("--model", "there", "--dtype", "float64", "--device", "cpu", "--limit", "1", "--language", "en")
+    options = ("--steps", "7", "--sampler", "heun", "--guidance-scale", "2.5", "--seed", "30", "--batch-size", "6")
+    assert run(capsys, "evaluate", *asked, *options, "-o", tmp_path / "scores")[0] == 0
+    loaded, *drawn = calls
+    assert loaded == ("there", torch.float64, torch.device("cpu"))
+    assert [len(call["generator"]) for call in drawn] == [6, 4]
+    numbers = [prompt.number for prompt in mini_prompts("en") if commands.is_chosen(prompt, 1)]
+    assert [seed - 30 for call in drawn for seed in call["generator"]] == numbers
+    for call in drawn:
+        assert (call["num_inference_steps"], call["sampler"], call["guidance_scale"]) == (7, "heun", 2.5)
+
+
 def test_captions_are_chosen_alike_by_one_process_and_by_two(capsys, small_checkpoint, tmp_path):
-    arguments = ("evaluate", "--captions", "--model", small_checkpoint, "--limit", "1", "-o")
+    arguments = ("evaluate", "--captions", "--device", "cpu", "--model", small_checkpoint, "--limit", "1", "-o")
     status, out, _ = run(capsys, *arguments, tmp_path / "one")
     assert status == 0
     assert out.splitlines()[0].split() == ["fact", "short", "dense", "zh", "en", "all"]

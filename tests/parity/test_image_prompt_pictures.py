@@ -294,7 +294,7 @@ def test_command_line_and_repeat(folder, make_oracle, tmp_path, capsys):
         "0.5", "-o", str(tmp_path / "out.png"),
     ]  # fmt: skip
     assert main(arguments) == 0
-    made = np.array(Image.open(tmp_path / "out.png")) / 255
+    made = np.array(Image.open(tmp_path / "out.png")).astype(int)
     oracle = KolorsImg2ImgPipeline(**make_oracle(1).components)
     oracle.set_progress_bar_config(disable=True)
     oracle.set_ip_adapter_scale(0.5)
@@ -302,11 +302,13 @@ def test_command_line_and_repeat(folder, make_oracle, tmp_path, capsys):
         "一只猫", negative_prompt="blurry", image=picture(2, 64, 80), strength=0.5, num_inference_steps=8,
         guidance_scale=4.0, ip_adapter_image=picture(1), generator=generator(), output_type="np",
     ).images[0]  # fmt: skip
-    assert_same_pictures(made, np.round(theirs * 255) / 255)
+    levels = np.round(theirs * 255).astype(int)  # whole ones, as in a PNG
+    assert levels.std() > 5
+    assert np.abs(made - levels).max() <= 1
 
     assert main(["--repeat", str(tmp_path / "out.png"), "-o", str(tmp_path / "again.png")]) == 0
     assert np.array_equal(np.array(Image.open(tmp_path / "again.png")), np.array(Image.open(tmp_path / "out.png")))
     picture(3).save(tmp_path / "reference.png")
     assert main(["--repeat", str(tmp_path / "out.png"), "-o", str(tmp_path / "other.png")]) == 2
-    assert "content changed" in capsys.readouterr().err
+    assert "is no longer the file" in capsys.readouterr().err
     assert not (tmp_path / "other.png").exists()

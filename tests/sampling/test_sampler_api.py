@@ -49,6 +49,27 @@ def test_steps_of_a_run(name):
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
+def test_the_denoised_picture_of_a_step(name):
+    """What is left of the network's input, scaled back, without the noise that it predicts."""
+    sampler, seen = get_sampler(name), []
+
+    def predict(x, timestep):
+        seen.append((x, network(x, timestep)))
+        return seen[-1][1]
+
+    for step in sampler.run(predict, LATENTS.double(), sampler.plan(SCHEDULE, 6), draw_noise):
+        x, output = seen[step.index * (2 if name.startswith("heun") else 1)]
+        if name.startswith("edm"):
+            variance = step.sigma**2 + 0.5**2
+            expected = 0.5**2 / variance**0.5 * x + step.sigma * 0.5 / variance**0.5 * output
+        else:
+            expected = (step.sigma**2 + 1) ** 0.5 * x - step.sigma * output
+        torch.testing.assert_close(step.denoised, expected)
+    if sampler.plan(SCHEDULE, 6).sigmas[-1] == 0:
+        torch.testing.assert_close(step.denoised, step.latents)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
 def test_a_run_leaves_nothing_behind(name):
     """Two runs of one sampler, interleaved, are each what they would be alone; the given latents stay as they were."""
     sampler, given = get_sampler(name), LATENTS.clone()
