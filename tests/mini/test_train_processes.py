@@ -6,6 +6,7 @@ Run by torchrun, this file trains in several processes in a folder; it can be to
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -383,6 +384,32 @@ def test_what_a_killed_run_left_half_written_goes(short):
         path.write_bytes(b"half of it")
     train.train_mini(short, SHORT, HERE)
     assert not any(path.exists() for path in left)
+
+
+def test_a_damaged_checkpoint_is_passed_over_on_request(short, tmp_path):
+    """In the middle of a stage of the real training: the one before it gives the same model in the end."""
+    folder = tmp_path / "again"
+    shutil.copytree(short, folder)
+    shutil.rmtree(folder / "model")
+    for path in folder.glob("unet*.safetensors"):
+        path.unlink()
+    save = loop.save_state
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "save_state", lambda *arguments: save(*arguments) or kill_at(4, *arguments))
+        with pytest.raises(KeyboardInterrupt):
+            train.train_mini(folder, SHORT, HERE)
+    damaged = folder / "unet-00000004.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-20])
+    with pytest.raises(ValueError, match="--previous goes back"):
+        train.train_mini(folder, SHORT, HERE)
+    train.train_mini(folder, SHORT, HERE, previous=True)
+    for path in (short / "model").iterdir():
+        assert (folder / "model" / path.name).read_bytes() == path.read_bytes()
+
+
+def kill_at(step, folder, stage, state):
+    if stage == "unet" and state.step == step:
+        raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize("count", [3, 8])

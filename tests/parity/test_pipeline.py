@@ -237,6 +237,20 @@ def test_image_to_image(oracle, ours, sampler, scheduler, settings, strength):
         assert_same_pictures(ours(**arguments, sampler=sampler, generator=make()) * 255, theirs)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_noise_in_half_precision(folder, oracle, dtype):
+    """Drawn in the type of the weights, bit for bit; what a sampler asks for later is fp32, as its latents are."""
+    pipe = Ours.from_pretrained(folder, dtype)
+    denoising = pipe.denoise("a boat", height=64, width=96, generator=torch.Generator().manual_seed(5))
+    oracle.scheduler = EulerDiscreteScheduler.from_config(kolors_scheduler().config)
+    oracle.scheduler.set_timesteps(25)
+    generator = torch.Generator().manual_seed(5)
+    theirs = oracle.prepare_latents(1, 4, 64, 96, dtype, torch.device("cpu"), generator)
+    assert denoising.latents.dtype == theirs.dtype == dtype
+    assert torch.equal(denoising.latents, theirs)
+    assert denoising.draw_noise().dtype == torch.float32
+
+
 def test_strength_zero_encodes_and_decodes(ours):
     """Nothing is redone at strength 0, and nothing either where the strength is less than one step."""
     image, vae = photograph(), ours.vae
