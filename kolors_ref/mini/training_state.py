@@ -29,11 +29,15 @@ class TrainingState:
     tensors: dict[str, Tensor]
 
 
+class Unwritten(OSError):
+    """A file cannot be written; the message says which, and why."""
+
+
 @contextmanager
 def written(path: Path) -> Iterator[Path]:
     """Gives a name to write a file under, and renames the file to `path` when it is whole and on the disk.
 
-    Raises OSError, with nothing left behind, if the disk is full or the folder is gone.
+    Raises `Unwritten`, with nothing left behind, if the disk is full or the folder is gone.
     """
     beside = partial(path)
     try:
@@ -41,8 +45,10 @@ def written(path: Path) -> Iterator[Path]:
         with beside.open("r+b") as file:
             os.fsync(file.fileno())
         os.replace(beside, path)
+    except Unwritten:  # of another file that was written meanwhile
+        raise
     except OSError as error:
-        raise OSError(f"{path} cannot be written: {error.strerror or error}") from error
+        raise Unwritten(f"{path} cannot be written: {error.strerror or error}") from error
     finally:
         beside.unlink(missing_ok=True)
 
