@@ -51,10 +51,8 @@ class Update:
 
     def like(self, weight: Tensor) -> "Update":
         """The update with its matrices in the number format and on the device of the layer's weight."""
-        if self.is_trained:
-            down, up = (matrix.to(weight.device, weight.dtype) for matrix in (self.low_rank.down, self.low_rank.up))
-            return replace(self, down=down, up=up)
-        if all(matrix.dtype == weight.dtype and matrix.device == weight.device for matrix in (self.down, self.up)):
+        fits = all(matrix.dtype == weight.dtype and matrix.device == weight.device for matrix in (self.down, self.up))
+        if fits and not self.is_trained:
             return self
         with torch.inference_mode(False):  # what is kept must serve a later call that records gradients
             down, up = (matrix.to(weight.device, weight.dtype) for matrix in (self.low_rank.down, self.low_rank.up))

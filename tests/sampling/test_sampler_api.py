@@ -28,15 +28,21 @@ def draw_noise():
     return torch.full(LATENTS.shape, 0.5)
 
 
+def recorded_network():
+    """The network, and the list of its inputs and outputs that it keeps."""
+    seen = []
+
+    def predict(x, timestep):
+        seen.append((x, network(x, timestep)))
+        return seen[-1][1]
+
+    return predict, seen
+
+
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_steps_of_a_run(name):
     """index, timestep and sigma follow the plan from where it begins; the network's output is kept as it came."""
-    sampler, seen = get_sampler(name), []
-
-    def predict(x, timestep):
-        seen.append((timestep, network(x, timestep)))
-        return seen[-1][1]
-
+    sampler, (predict, seen) = get_sampler(name), recorded_network()
     plan = sampler.plan(SCHEDULE, 6).from_step(2)
     steps = list(sampler.run(predict, LATENTS, plan, draw_noise))
     assert [step.index for step in steps] == [2, 3, 4, 5]
@@ -51,12 +57,7 @@ def test_steps_of_a_run(name):
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_the_denoised_picture_of_a_step(name):
     """What is left of the network's input, scaled back, without the noise that it predicts."""
-    sampler, seen = get_sampler(name), []
-
-    def predict(x, timestep):
-        seen.append((x, network(x, timestep)))
-        return seen[-1][1]
-
+    sampler, (predict, seen) = get_sampler(name), recorded_network()
     for step in sampler.run(predict, LATENTS.double(), sampler.plan(SCHEDULE, 6), draw_noise):
         x, output = seen[step.index * (2 if name.startswith("heun") else 1)]
         if name.startswith("edm"):
