@@ -314,9 +314,14 @@ def input_files(options: argparse.Namespace) -> list[Path]:
 
 
 def check_inputs(options: argparse.Namespace) -> dict[str, str]:
-    """Gives the content hash of every such file; ValueError if one changed since the picture to repeat was made."""
+    """Gives the content hash of every such file.
+
+    Raises FileNotFoundError if one is missing, and ValueError if one changed since the picture to repeat was made.
+    """
     inputs = {}
     for file in input_files(options):
+        if not file.exists():
+            raise FileNotFoundError(f"{file}, which the picture is to be made with, does not exist")
         if file.is_file():
             inputs[str(file)] = content_hash(file)
             if inputs[str(file)] != options.inputs.get(str(file), inputs[str(file)]):

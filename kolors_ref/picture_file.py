@@ -2,11 +2,12 @@
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from PIL import Image, PngImagePlugin
+
+from .whole_files import partial, written
 
 KEY = "kolors-ref"
 """The name of the PNG text chunk that holds the parameters, as JSON."""
@@ -32,19 +33,12 @@ def check_writable(path: Path) -> None:
 
 
 def save_picture(image: Image.Image, path: Path, parameters: dict[str, Any]) -> None:
-    """Writes a picture and its parameters: beside the final name first, so that no half of a file ever has it."""
+    """Writes a picture and its parameters, whole or not at all; raises what `written` does."""
     text = PngImagePlugin.PngInfo()
     # A file name that is not UTF-8 reaches Python with lone surrogates, which backslashes turn into JSON's own escapes.
     text.add_itxt(KEY, json.dumps(parameters, ensure_ascii=False).encode(errors="backslashreplace").decode())
-    try:
-        image.save(partial(path), format="PNG", pnginfo=text)
-        with partial(path).open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(partial(path), path)
-    except OSError as error:
-        raise OSError(f"the output {path} cannot be written: {error.strerror or error}") from error
-    finally:
-        partial(path).unlink(missing_ok=True)
+    with written(path) as beside:
+        image.save(beside, format="PNG", pnginfo=text)
 
 
 def read_parameters(path: Path) -> dict[str, Any]:
@@ -74,8 +68,3 @@ def content_hash(path: Path) -> str:
     """Gives the SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def partial(path: Path) -> Path:
-    """The name that a file has until it is whole."""
-    return path.with_name(f".{path.name}.partial-{os.getpid()}")

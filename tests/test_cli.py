@@ -199,7 +199,8 @@ def test_a_picture_to_start_from(kolors):
 
 def test_what_is_loaded_is_what_was_asked_for(kolors, small_pipe, small_checkpoint, monkeypatch):
     """And again with --repeat, where the type is the one that was computed in."""
-    Path("unet.safetensors").write_bytes(b"weights")
+    for file in ("unet.safetensors", "a.bin"):
+        Path(file).write_bytes(b"weights")
     options = ["--dtype", "float16", "--device", "cuda:1", "--variant", "fp16", "--offload", "model"]
     adapters = []
     monkeypatch.setattr(small_pipe, "load_ip_adapter", lambda *arguments: adapters.append(arguments))
@@ -360,7 +361,7 @@ def test_a_picture_does_not_say_where_to_write(kolors, tmp_path):
         (f'{{{RECORD}, "dtype": "nn"}}', "dtype"),
         (f'{{{RECORD}, "dtype": 16}}', "dtype"),
         (f'{{{RECORD}, "image": "nothing.png"}}', "nothing.png"),
-        (f'{{{RECORD}, "image": 3}}', "no picture file"),
+        (f'{{{RECORD}, "image": 3}}', "3, which the picture"),
         (f'{{{RECORD}, "sampler": 3}}', "sampler"),
         (f'{{{RECORD}, "strength": "1e9"}}', "strength"),
         (f'{{{RECORD}, "index": "x"}}', "picture x"),
@@ -430,7 +431,7 @@ def test_files_that_cannot_be_repeated(expect_refused, tmp_path):
         (["cat", "--sampler", "eular"], "'euler'"),
         (["cat", "--sampler", ""], "sampler"),
         (["cat", "--dtype", "int8"], "--dtype"),
-        (["cat", "--image", "missing.png"], "missing.png"),
+        (["cat", "--image", "missing.png"], "missing.png, which"),
         (["cat", "--image", "."], "no picture file"),
         (["cat", "--nonsense"], "--nonsense"),
         (["cat", "--version"], "--version"),
@@ -443,6 +444,24 @@ def test_mistakes(expect_refused, arguments, mentions):
     sizes = [] if {"--height", "--width", "--steps"} & set(arguments) else SMALL
     seed = [] if "--seed" in arguments else ["--seed", "1"]
     expect_refused(*arguments, *sizes, *seed, mentions=mentions)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--lora", "missing"),
+        ("--lora", "missing:0.5"),
+        ("--unet", "missing"),
+        ("--ip-adapter", "missing", "--ip-image", "picture.png"),
+        ("--ip-adapter", "picture.png", "--ip-image", "missing"),
+    ],
+)
+def test_missing_files_are_noticed_before_a_model_is_loaded(expect_refused, tmp_path, options):
+    """Loading 18 GB takes long. A model that is nowhere either would be complained of, if it had been looked for."""
+    Image.new("RGB", (8, 8)).save(tmp_path / "picture.png")
+    expect_refused(
+        "cat", *options, mentions="missing, which the picture is to be made with, does not exist", model="nowhere"
+    )
 
 
 def test_no_arguments(expect_refused):

@@ -80,7 +80,7 @@ def test_an_interrupted_writing_leaves_the_old_file(tmp_path, monkeypatch, error
     with pytest.raises(type(error)) as caught:
         save_picture(PICTURE, path, {})
     if isinstance(error, OSError):
-        assert str(caught.value) == f"the output {path} cannot be written: No space left on device"
+        assert str(caught.value) == f"{path} cannot be written: No space left on device"
     assert path.read_bytes() == b"an older file"
     assert os.listdir(tmp_path) == ["a.png"]
 

@@ -8,9 +8,9 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
+from ..whole_files import written
 from .judge import Verdict, judge
 from .prompts import Prompt
-from .training_state import written
 
 THUMBNAIL = 96
 """Pixels along one side of a picture on the contact sheet."""

@@ -18,10 +18,11 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
+from ..whole_files import written
 from .optimizers import Optimizers
 from .processes import Processes
 from .recipe import Stage
-from .training_state import TrainingState, load_state, save_state, written
+from .training_state import TrainingState, load_state, save_state
 
 Batch = tuple[Tensor, ...]
 CLIP = 1.0

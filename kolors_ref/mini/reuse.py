@@ -8,9 +8,10 @@ from weights_conversion import open_checkpoint
 from weights_conversion.files import read_json, write_json
 
 from ..loading import EMBEDDED, WEIGHTS
+from ..whole_files import written
 from .recipe import Recipe
 from .train import note_recipe
-from .training_state import write_tensors, written
+from .training_state import write_tensors
 
 TOKENIZER = ("seed", "tokenizer_captions")
 AUTOENCODER = ("seed", "vae", "vae_whole")

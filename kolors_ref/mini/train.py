@@ -17,6 +17,7 @@ from ..models.glm import GLMEncoder
 from ..models.vae import VAE
 from ..sampling import NoiseSchedule, read_scheduler_config
 from ..tokenizer import Tokenizer
+from ..whole_files import remove_unfinished, written
 from . import recipe as sizes
 from .autoencoder import CROP, AutoencoderLoss, DecoderLoss, decoder_batches, measured_scale, picture_batches
 from .denoiser import DenoisingLoss, Latents, cache_latents, denoising_batches
@@ -27,7 +28,7 @@ from .processes import Processes
 from .recipe import STAGES, Recipe, Stage
 from .reward_tuning import CAPTIONS, RewardLoss, judged_drawing, reward_batches, some_way_back
 from .tokenizer_training import train_tokenizer
-from .training_state import read_result, remove_unfinished, write_tensors, written
+from .training_state import read_result, write_tensors
 
 CLEAN_SEED, REWARD_SEED = 1, 100
 """Added to the recipe's seed for the pictures of quality tuning, and for the captions of reward tuning."""

@@ -2,10 +2,7 @@
 
 import hashlib
 import json
-import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from ..picture_file import partial
+from ..whole_files import written
 
 KEPT = 2
 """Checkpoints of a stage that are kept: the last, and one to fall back on."""
@@ -27,36 +24,6 @@ class TrainingState:
     step: int
     settings: str
     tensors: dict[str, Tensor]
-
-
-class Unwritten(OSError):
-    """A file cannot be written; the message says which, and why."""
-
-
-@contextmanager
-def written(path: Path) -> Iterator[Path]:
-    """Gives a name to write a file under, and renames the file to `path` when it is whole and on the disk.
-
-    Raises `Unwritten`, with nothing left behind, if the disk is full or the folder is gone.
-    """
-    beside = partial(path)
-    try:
-        yield beside
-        with beside.open("r+b") as file:
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    except Unwritten:  # of another file that was written meanwhile
-        raise
-    except OSError as error:
-        raise Unwritten(f"{path} cannot be written: {error.strerror or error}") from error
-    finally:
-        beside.unlink(missing_ok=True)
-
-
-def remove_unfinished(folder: Path) -> None:
-    """Removes what runs that were killed amidst writing left under names that are none."""
-    for path in folder.glob(".*.partial-*"):
-        path.unlink()
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], facts: dict[str, str] | None = None) -> None:
