@@ -487,6 +487,31 @@ def test_one_tensor_under_two_names(unet, tmp_path):
     assert torch.equal(found[k].down, ups[k].down)
 
 
+def test_a_folder_with_a_lora_for_each_network(unet, glm, tmp_path):
+    """As the Kolors team's DreamBooth training leaves it: diffusers' file for the UNet, PEFT's for the text encoder."""
+    layers = {"layers.1.attn.qkv": 2}
+    save_lora(tmp_path / "pytorch_lora_weights.safetensors", LoRA({"unet": updates(unet, LAYERS)}))
+    save_lora(tmp_path / "text.safetensors", LoRA({"text_encoder": updates(glm, layers)}))
+    wrapped = {
+        name.replace("text_encoder.", "base_model.model.", 1): tensor
+        for name, tensor in load_file(tmp_path / "text.safetensors").items()
+    }
+    torch.save(wrapped, tmp_path / "adapter_model.bin")
+    (tmp_path / "adapter_config.json").write_text('{"lora_alpha": 32}')
+    found = read_lora(tmp_path).networks
+    assert {network: set(layers) for network, layers in found.items()} == {
+        "unet": set(LAYERS),
+        "text_encoder": set(layers),
+    }
+    assert found["text_encoder"]["layers.1.attn.qkv"].strength == 16
+    save_file(wrapped, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_model.bin").write_bytes(b"the same in another format")
+    assert read_lora(tmp_path).networks["text_encoder"]["layers.1.attn.qkv"].strength == 16
+    save_lora(tmp_path / "adapter_model.safetensors", LoRA({"unet": updates(unet, LAYERS)}), force=True)
+    with pytest.raises(ValueError, match=r"holds two LoRAs of the unet, one in adapter_model.safetensors"):
+        read_lora(tmp_path)
+
+
 class Bomb:
     def __reduce__(self):
         return eval, ("1 / 0",)
@@ -556,6 +581,8 @@ def test_files_that_are_no_lora_for_kolors(file, change, message):
         (r'{"unet.alpha_pattern": {"((\\w|\\.)+)+!": 1}}', "is not understood: only names are"),
         ('{"unet.alpha_pattern": {".*.*.*.*.*.*.*.*!": 1}}', "is not understood: only names are"),
         ('{"unet.alpha_pattern": {"a{99999999999999999999}": 1}}', "is not understood: only names are"),
+        ('{"unet.init_lora_weights": "pissa_niter_4"}', "begun with 'pissa_niter_4', which moves the base"),
+        ('{"init_lora_weights": "olora"}', "begun with 'olora'"),
         ('{"lora_alpha": 1' + "0" * 400 + "}", "'lora_alpha' must be one finite number"),
     ],
 )
@@ -571,6 +598,8 @@ def test_damaged_settings(file, settings, message):
         ({}, 3),
         ({"unet.lora_alpha": 5}, 5),
         ({"lora_alpha": 5}, 5),
+        ({"unet.lora_alpha": 5, "unet.init_lora_weights": "gaussian", "text_encoder.init_lora_weights": "pissa"}, 5),
+        ({"lora_alpha": 5, "init_lora_weights": True}, 5),
         ({"text_encoder.lora_alpha": 5}, 3),
         ({"unet.lora_alpha": 5, "text_encoder.lora_alpha": 7, "unet.use_rslora": True}, 5 * 3**0.5),
         ({"unet.lora_alpha": 5, "unet.alpha_pattern": {"in": 9, "conv_in": 8, "conv.*": 7}}, 8),

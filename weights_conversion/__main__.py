@@ -2,6 +2,7 @@
 
 import argparse
 import io
+import signal
 import sys
 from collections import Counter
 from typing import NoReturn
@@ -37,7 +38,8 @@ def main(arguments: list[str] | None = None) -> int:
             print(describe(open_checkpoint(options.source, options.variant)))
             return 0
         if options.command == "verify":
-            return _verify(options.first, options.second, progress)
+            first = open_checkpoint(options.first, options.variant)
+            return _verify(first, open_checkpoint(options.second), progress)
         if options.command == "lora":
             save_lora(options.destination, read_lora(options.source), options.to, options.force)
             return 0
@@ -77,13 +79,13 @@ def describe(checkpoint: Checkpoint) -> str:
     return "\n".join(lines)
 
 
-def _verify(first: str, second: str, progress: bool) -> int:
+def _verify(first: Checkpoint, second: Checkpoint, progress: bool) -> int:
     count = 0
-    for sentence in differences(open_checkpoint(first), open_checkpoint(second), progress):
+    for sentence in differences(first, second, progress):
         count += 1
         if count <= SHOWN:
             print(sentence)
-    print(f"{count} differences" if count else "the same")
+    print(f"{count} differences" if count else "the same tensors")
     return 1 if count else 0
 
 
@@ -100,9 +102,10 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--dtype", choices=list(DTYPES), help="cast floating-point tensors")
     command.add_argument("--force", action="store_true", help="replace a checkpoint that stands at the destination")
     command.add_argument("--variant", help="the files to take where there are several, such as fp16")
-    command = commands.add_parser("verify", help="compare two checkpoints: exit status 0 the same, 1 different")
-    command.add_argument("first")
-    command.add_argument("second")
+    command = commands.add_parser("verify", help="compare the networks of two checkpoints: exit status 0 same, 1 not")
+    command.add_argument("first", help="a checkpoint folder or a UNet file")
+    command.add_argument("second", help="another, in any layout")
+    command.add_argument("--variant", help="the files of the first to take where there are several, such as fp16")
     command = commands.add_parser("lora", help="write a LoRA with other names")
     command.add_argument("source", help="a LoRA file, or the folder of one")
     command.add_argument("destination", help="the .safetensors file to write")
@@ -112,4 +115,5 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # nothing half-written is left behind
     sys.exit(main())

@@ -11,7 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from weights_conversion.checkpoint import GUIDANCE_ENTRY, OUR_INDEX, Checkpoint, Network, open_checkpoint
-from weights_conversion.files import Tensors, dtype_in_file, write_json, write_safetensors
+from weights_conversion.files import STEMS, Tensors, dtype_in_file, write_json, write_safetensors
 from weights_conversion.keymaps import KEYMAPS
 
 SHARD_BYTES = 5 * 10**9
@@ -20,6 +20,8 @@ SHARD_BYTES = 5 * 10**9
 WRITTEN = {OUR_INDEX, "tokenizer.model", *(f"{name}.safetensors" for name in KEYMAPS)}
 WRITTEN |= {"model_index.json", "scheduler", "tokenizer", *KEYMAPS}
 """What the two layouts have, and a checkpoint that is replaced may have."""
+OTHER_FILES = (".json", ".model", ".py", "vocab.txt")
+"""How files other than weights end in the folders of a checkpoint."""
 
 OnBytes = Callable[[int], Any]
 
@@ -62,6 +64,7 @@ def convert(
         partial.mkdir()
         with tqdm(total=size, desc="converting", unit="B", unit_scale=True, disable=not progress) as bar:
             writers[to](checkpoint, partial, dtype, bar.update)
+        _check_destination(source.resolve(), destination, force)  # minutes have passed
         _publish(partial, destination)
     finally:
         shutil.rmtree(partial, ignore_errors=True)  # gone already where all went well
@@ -86,8 +89,18 @@ def _check_destination(source: Path, destination: Path, force: bool) -> None:
         raise FileExistsError(f"{destination} exists already: choose another name or use --force.")
     if target.exists() and not ((target / OUR_INDEX).is_file() or (target / "model_index.json").is_file()):
         raise FileExistsError(f"{destination} is not a checkpoint, and --force replaces nothing else.")
-    if target.exists() and (others := sorted(path.name for path in target.iterdir() if path.name not in WRITTEN)):
+    others = sorted(str(path.relative_to(target)) for path in target.rglob("*") if not _belongs(path, target))
+    if others:
         raise FileExistsError(f"{destination} holds {others[0]} too, which --force would delete: move it elsewhere.")
+
+
+def _belongs(path: Path, target: Path) -> bool:
+    """Whether a file or folder below `target` is part of a checkpoint."""
+    first, *rest = path.relative_to(target).parts
+    if not rest:
+        return first in WRITTEN
+    weights = path.name.startswith(STEMS) and path.suffix in (".safetensors", ".bin")
+    return len(rest) == 1 and path.is_file() and (weights or path.name.endswith(OTHER_FILES))
 
 
 def _size(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> int:

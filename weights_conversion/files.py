@@ -57,6 +57,7 @@ class SafetensorsFile(Mapping[str, Tensor]):
     """The tensors of one .safetensors file. Raises ValueError where the file is damaged."""
 
     def __init__(self, path: Path) -> None:
+        check_readable(path)
         try:
             self._file = safe_open(path, framework="pt")
         except SafetensorError as error:
@@ -98,7 +99,8 @@ def open_file(path: Path) -> Mapping[str, Tensor]:
 
 
 def load_pickle(path: Path) -> Any:
-    """What a .bin file holds, its tensors mapped; no code in it is run. Raises ValueError."""
+    """What a .bin file holds, its tensors mapped; no code in it is run. Raises OSError, ValueError."""
+    check_readable(path)
     try:
         return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except Exception as error:  # torch raises many kinds on a damaged or hostile file, none with a short message
@@ -106,6 +108,14 @@ def load_pickle(path: Path) -> Any:
         hostile = "Weights only load failed" in str(error)
         reason = "it holds Python objects other than tensors" if hostile else "it is damaged or in a format before 2020"
         raise ValueError(f"{path} is refused: {reason}.") from None
+
+
+def check_readable(path: Path) -> None:
+    """Raises OSError for a file that may not be read, which the libraries call missing or damaged."""
+    try:
+        path.open("rb").close()
+    except OSError as error:
+        raise OSError(f"{path} cannot be read: {error.strerror}.") from None
 
 
 def check_name(path: Path) -> None:
@@ -212,10 +222,14 @@ def byte_chunks(tensor: Tensor, dtype: torch.dtype | None = None, name: str = ""
     """
     for piece in tensor.detach().reshape(-1).split(CHUNK):
         cast = piece.to(dtype or tensor.dtype)
-        if cast.dtype != piece.dtype and (cast.isinf() & piece.isfinite()).any():
+        if cast.dtype != piece.dtype and (_is_finite(piece) & ~_is_finite(cast)).any():
             most = f"{torch.finfo(cast.dtype).max:g}, the most of {str(cast.dtype).removeprefix('torch.')}"
             raise ValueError(f"The tensor {name!r} holds numbers beyond {most}: choose another format.")
         yield cast.view(torch.uint8)
+
+
+def _is_finite(tensor: Tensor) -> Tensor:
+    return (tensor if tensor.dtype in FLOATS else tensor.float()).isfinite()  # torch has no such test for 8 bits
 
 
 def write_safetensors(

@@ -23,13 +23,16 @@ from weights_conversion.keymaps.lora import Place
 METADATA = "lora_adapter_metadata"
 """Where the header of a safetensors file holds the settings of PEFT, each under `network.setting`, as JSON."""
 
-FILE_NAMES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors", "pytorch_lora_weights.bin")
+FILE_STEMS, SUFFIXES = ("pytorch_lora_weights", "adapter_model"), (".safetensors", ".bin")
+"""What the files of a LoRA's folder are called: diffusers' and PEFT's, of which a training of Kolors leaves both."""
 NAME = re.compile(r"[\w.-]+")
 VARYING = re.compile(r"(?:[\w.|()^$-]|\\[.d]|\[[\d-]+\]|(?<=[\w.\]])[*+])*")
 """Patterns of layers: a name, and a regular expression whose groups are not repeated."""
 MOST_REPEATS = 2
 SHOWN = 60
 """Characters of a wrong pattern that are shown."""
+MOVED_BASES = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""Ways of PEFT's to begin with the base's own weights, which are then no longer the base's."""
 OTHER_KINDS = {"dora_scale": "DoRA", "lora_magnitude_vector": "DoRA", "lokr_": "LoKr", "hada_": "LoHa"}
 
 
@@ -71,14 +74,23 @@ class LoRA:
 def read_lora(path: str | Path) -> LoRA:
     """Reads a LoRA for Kolors in any naming; its tensors are mapped, not copied.
 
-    path: a .safetensors or .bin file, or a folder that holds one under diffusers' or PEFT's usual name. A layer's alpha
-    is the file's own; where there is none it comes from PEFT's settings, in the header or in the adapter_config.json
-    of a folder that PEFT wrote; otherwise it is the rank.
+    path: a .safetensors or .bin file, or a folder that holds it under diffusers' or PEFT's usual name, or one for the
+    UNet and one for the text encoder. A layer's alpha is the file's own; where there is none it comes from PEFT's
+    settings, in the header or in the adapter_config.json of a folder that PEFT wrote; otherwise it is the rank.
 
     Raises FileNotFoundError for a missing file; ValueError for one that is damaged, holds code, is no plain LoRA or
     holds anything that has no place in Kolors: which and how many is said.
     """
-    path = _find_file(Path(path))
+    networks: dict[str, dict[str, LowRank]] = {}
+    for file in _find_files(Path(path)):
+        for network, layers in _read_file(file).items():
+            if network in networks:
+                raise ValueError(f"{path} holds two LoRAs of the {network}, one in {file.name}: give one file's path.")
+            networks[network] = layers
+    return LoRA(networks)
+
+
+def _read_file(path: Path) -> dict[str, dict[str, LowRank]]:
     tensors = open_file(path)
     found = _places(tensors, path)
     settings = _settings(path)
@@ -97,16 +109,17 @@ def read_lora(path: str | Path) -> LoRA:
         else:
             alpha = _alpha(settings, network, names.official_layer(network, layer), down.shape[0], path)
         networks.setdefault(network, {})[layer] = LowRank(down, up, alpha)
-    return LoRA(networks)
+    return networks
 
 
-def _find_file(path: Path) -> Path:
+def _find_files(path: Path) -> list[Path]:
     if not path.is_dir():
-        return path
-    for name in FILE_NAMES:
-        if (path / name).is_file():
-            return path / name
-    raise FileNotFoundError(f"{path} holds no LoRA: {' or '.join(FILE_NAMES)} is needed, or the file's own path.")
+        return [path]
+    found = [[file for suffix in SUFFIXES if (file := path / (stem + suffix)).is_file()] for stem in FILE_STEMS]
+    if not any(found):
+        names = " or ".join(stem + SUFFIXES[0] for stem in FILE_STEMS)
+        raise FileNotFoundError(f"{path} holds no LoRA: {names} is needed, or the file's own path.")
+    return [files[0] for files in found if files]  # one file in two formats is one LoRA
 
 
 def _places(tensors: Mapping[str, Tensor], path: Path) -> dict[Place, str]:
@@ -142,8 +155,9 @@ def _fit_together(down: Tensor, up: Tensor) -> bool:
 
 def _settings(path: Path) -> dict[str, Any]:
     """The settings of PEFT, from the file's header or from beside it; {} where there are none."""
-    if path.name == "adapter_model.safetensors" and (path.parent / "adapter_config.json").is_file():
-        return read_json(path.parent / "adapter_config.json")
+    beside = path.with_name("adapter_config.json")
+    if path.stem == "adapter_model" and beside.is_file():
+        return read_json(beside)
     if path.suffix != ".safetensors":
         return {}
     with safe_open(path, framework="pt") as file:
@@ -161,6 +175,9 @@ def _alpha(settings: dict[str, Any], network: str, official: str, rank: int, pat
     """A layer's alpha by the settings of PEFT, whose patterns are for the end of a layer's name."""
     prefix = f"{network}."
     own = {key.removeprefix(prefix): value for key, value in settings.items() if key.startswith(prefix)} or settings
+    begun = own.get("init_lora_weights")
+    if isinstance(begun, str) and begun.lower().startswith(MOVED_BASES):
+        raise ValueError(f"{path} was begun with {begun[:SHOWN]!r}, which moves the base: convert it to a plain LoRA.")
     alpha, patterns = own.get("lora_alpha", rank), own.get("alpha_pattern") or {}
     if not isinstance(patterns, dict):
         raise ValueError(f"{path}: alpha_pattern is {patterns!r}, and an object of names and numbers is needed.")

@@ -1,6 +1,7 @@
 """python -m weights_conversion: what it prints, its exit status, one line for every mistake."""
 
 import os
+import shutil
 import subprocess
 import sys
 
@@ -56,7 +57,7 @@ def test_inspect_a_unet_file(capsys, unet_file):
 def test_convert_and_verify(capsys, shared_diffusers, tmp_path):
     """0: the same; 1: different, with the places and the count."""
     assert run(capsys, "convert", shared_diffusers, tmp_path / "a", "--to", "kolors-ref") == (0, "", "")
-    assert run(capsys, "verify", shared_diffusers, tmp_path / "a") == (0, "the same\n", "")
+    assert run(capsys, "verify", shared_diffusers, tmp_path / "a") == (0, "the same tensors\n", "")
     options = ["--to", "diffusers", "--dtype", "bfloat16", "--force"]
     assert run(capsys, "convert", shared_diffusers, tmp_path / "a", *options)[0] == 0
     assert open_checkpoint(tmp_path / "a").networks["vae"].dtypes["quant_conv.weight"] == torch.bfloat16
@@ -74,6 +75,17 @@ def test_a_variant(capsys, shared_fp16, shared_diffusers, tmp_path):
     status, _, err = run(capsys, "convert", shared_diffusers, tmp_path / "a", "--to", "diffusers", "--variant", "fp16")
     assert (status, err.count("\n")) == (2, 1)
     assert "fp16" in err
+
+
+def test_verifying_a_variant(capsys, shared_fp16, diffusers_folder, edit_weights, tmp_path):
+    """A folder holds two of each network; the conversion is of those that were asked for."""
+    shutil.copytree(shared_fp16, diffusers_folder, dirs_exist_ok=True)
+    plain = diffusers_folder / "unet" / "diffusion_pytorch_model.safetensors"
+    edit_weights(plain, lambda tensors: tensors["conv_in.bias"].add_(1))
+    options = ["--variant", "fp16"]
+    assert run(capsys, "convert", diffusers_folder, tmp_path / "a", "--to", "kolors-ref", *options)[0] == 0
+    assert run(capsys, "verify", diffusers_folder, tmp_path / "a")[0] == 1
+    assert run(capsys, "verify", diffusers_folder, tmp_path / "a", *options) == (0, "the same tensors\n", "")
 
 
 @pytest.mark.parametrize(
@@ -117,6 +129,18 @@ def test_interrupted(capsys, shared_diffusers, tmp_path, monkeypatch):
     monkeypatch.setattr(sys.modules["weights_conversion.convert"], "write_safetensors", interrupt)
     status, out, err = run(capsys, "convert", shared_diffusers, tmp_path / "a", "--to", "diffusers")
     assert (status, out, err) == (130, "", "weights_conversion: interrupted\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_terminated(shared_diffusers, tmp_path):
+    """As by Ctrl-C, for a machine that shuts down leaves nothing half-written either."""
+    code = "import os, runpy, signal, sys\nfrom weights_conversion import convert\n"
+    code += "stop = lambda *_: os.kill(os.getpid(), signal.SIGTERM)\n"
+    code += "sys.modules['weights_conversion.convert'].write_safetensors = stop\n"
+    code += "runpy.run_module('weights_conversion', run_name='__main__')"
+    arguments = ["convert", str(shared_diffusers), str(tmp_path / "a"), "--to", "diffusers"]
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (130, "weights_conversion: interrupted\n")
     assert list(tmp_path.iterdir()) == []
 
 

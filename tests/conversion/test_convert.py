@@ -202,6 +202,32 @@ def test_the_disk_is_looked_at_first(shared_diffusers, tmp_path, monkeypatch):
     expect_failure(OSError, shared_diffusers, tmp_path / "ours", "0.00 GB free", "GB are needed")
 
 
+def test_what_appeared_meanwhile_is_not_replaced(shared_diffusers, tmp_path, monkeypatch):
+    """A folder of the destination's name, made while the weights were being written."""
+
+    def slow(path, tensors, dtype, on_bytes):
+        (tmp_path / "ours").mkdir(exist_ok=True)
+        (tmp_path / "ours" / "thesis.txt").write_text("years of work")
+        write_safetensors(path, tensors, dtype, on_bytes)
+
+    monkeypatch.setattr(convert_module, "write_safetensors", slow)
+    with pytest.raises(FileExistsError, match="exists already"):
+        convert(shared_diffusers, tmp_path / "ours")
+    assert (tmp_path / "ours" / "thesis.txt").read_text() == "years of work"
+    assert listing(tmp_path) == ["ours"]
+
+
+@pytest.mark.parametrize("name", ["unet/checkpoints/model.safetensors", "unet/finetune.safetensors", "vae/NOTES.md"])
+def test_what_is_no_part_of_a_checkpoint_is_not_replaced(shared_diffusers, diffusers_folder, name):
+    """In the folders of its networks neither."""
+    file = diffusers_folder / name
+    file.parent.mkdir(exist_ok=True)
+    file.write_text("precious")
+    named = name if name.count("/") == 1 else "unet/checkpoints"
+    expect_failure(FileExistsError, shared_diffusers, diffusers_folder, f"holds {named} too", force=True)
+    assert file.read_text() == "precious"
+
+
 def test_incomplete_checkpoints(unet_file, diffusers_folder, edit_weights, tmp_path):
     """All that lacks is named."""
     expect_failure(ValueError, unet_file, tmp_path / "ours", "text_encoder, vae, scheduler, tokenizer")

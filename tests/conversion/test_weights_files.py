@@ -1,5 +1,6 @@
 """Reading and writing weights files: lazily, safely, as a stream."""
 
+import errno
 import json
 import os
 import pickle
@@ -65,6 +66,30 @@ def test_casting_touches_floating_point_alone(tmp_path):
     back = load_file(tmp_path / "x.safetensors")
     for name, tensor in tensors.items():
         assert torch.equal(back[name], tensor.half() if tensor.is_floating_point() else tensor)
+
+
+def test_casting_from_and_to_eight_bits(tmp_path):
+    """torch cannot ask such numbers whether they are finite."""
+    numbers = torch.tensor([0.5, -448.0, 0.0], dtype=torch.float8_e4m3fn)
+    write_safetensors(tmp_path / "a.safetensors", {"a": numbers}, torch.bfloat16)
+    assert torch.equal(load_file(tmp_path / "a.safetensors")["a"], numbers.bfloat16())
+    write_safetensors(tmp_path / "a.safetensors", {"a": numbers.float()}, torch.float8_e4m3fn)
+    assert load_file(tmp_path / "a.safetensors")["a"].float().tolist() == [0.5, -448, 0]
+    with pytest.raises(ValueError, match="The tensor 'a' holds numbers beyond 57344"):
+        write_safetensors(tmp_path / "a.safetensors", {"a": torch.full((2,), 1e6)}, torch.float8_e5m2)
+
+
+@pytest.mark.parametrize("name", ["a.safetensors", "a.bin"])
+def test_a_file_that_may_not_be_read(tmp_path, monkeypatch, name):
+    """Is neither missing nor damaged."""
+    (tmp_path / name).write_bytes(b"whole")
+
+    def refuse(path, *arguments):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(type(tmp_path), "open", refuse)
+    with pytest.raises(OSError, match=f"{name} cannot be read: Permission denied"):
+        open_file(tmp_path / name)
 
 
 def test_a_format_without_a_name_is_refused(tmp_path):
