@@ -299,6 +299,8 @@ class KolorsPipeline:
         check_output_type(output_type)
         if output_type == "latent":
             return latents
+        if not isinstance(latents, Tensor):
+            raise TypeError(f"latents must be a tensor, not {type(latents).__name__}")
         channels = self.vae.config.latent_channels
         if latents.ndim != 4 or latents.shape[1] != channels:
             raise ValueError(f"latents has shape {tuple(latents.shape)}; the VAE decodes (N, {channels}, H/8, W/8)")
@@ -364,9 +366,11 @@ class KolorsPipeline:
         per_prompt = request.num_images_per_prompt
         if not is_apart(self.unet.conv_in.weight):
             return [prepare(text, sizes).repeat(per_prompt).add(images)]
-        prompts = [slice(i, None, request.num_prompts) for i in range(request.num_prompts)]
-        pictures = [slice(i, None, request.num_images) for i in range(request.num_images)]
-        contexts = [prepare(text[rows], sizes[rows]) for rows in prompts]
+        # Rows are copied and cut to length, for a product of matrices is rounded as they lie in memory.
+        rows_of = lambda i, count: [i, count + i] if request.guided else [i]
+        prompts = [rows_of(i, request.num_prompts) for i in range(request.num_prompts)]
+        pictures = [rows_of(i, request.num_images) for i in range(request.num_images)]
+        contexts = [prepare(text[rows].trimmed(), sizes[rows]) for rows in prompts]
         return [contexts[i // per_prompt].add(select(images, rows)) for i, rows in enumerate(pictures)]
 
     def _start_from_image(

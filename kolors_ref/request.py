@@ -65,9 +65,10 @@ class Request:
         prompt_embeds, negative_prompt_embeds: embeddings in place of prompts, one row a prompt.
         max_sequence_length: tokens of a prompt, prefix included; what is beyond is cut off.
         guidance_interval: the steps to guide, from the first share of all steps on and before the second: (0.2, 0.8)
-            guides steps 5 to 19 of 25, counted from 0, and the others compute the prompt's branch alone. None is all of
-            them. Limiting guidance to the middle can improve pictures (Kynkäänniemi et al. 2024, "Applying Guidance in
-            a Limited Interval Improves Sample and Distribution Quality in Diffusion Models").
+            guides steps 5 to 19 of 25, counted from 0, and the others compute the prompt's branch alone. (The second
+            prediction of a step of Heun's counts as the next step's.) None is all of them. Limiting guidance to the
+            middle can improve pictures (Kynkäänniemi et al. 2024, "Applying Guidance in a Limited Interval Improves
+            Sample and Distribution Quality in Diffusion Models").
 
     Raises:
         TypeError, ValueError: an argument is wrong, whatever the model.

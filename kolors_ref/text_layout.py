@@ -45,6 +45,13 @@ class TextEmbeddings:
         key_bias = None if self.key_bias is None else self.key_bias[rows]
         return TextEmbeddings(self.sequence[rows], self.pooled[rows], key_bias)
 
+    def trimmed(self) -> "TextEmbeddings":
+        """Leaves out the first keys, those that none of the prompts sees: what `concatenate` filled up with."""
+        if self.key_bias is None:
+            return self
+        first = int(self.key_bias.isfinite().any(0).int().argmax())
+        return TextEmbeddings(self.sequence[:, first:].contiguous(), self.pooled, self.key_bias[:, first:].contiguous())
+
     def to(self, *args: torch.device | torch.dtype) -> "TextEmbeddings":
         """Moves the embeddings to a device or casts them; the key bias keeps its number format."""
         key_bias = None if self.key_bias is None else self.key_bias.to(self.sequence.to(*args).device)

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from itertools import pairwise
+from numbers import Integral
 from pathlib import Path
 
 import sentencepiece
@@ -103,7 +104,7 @@ class Tokenizer:
         for prompt in prompts:
             if not isinstance(prompt, str):
                 raise TypeError(f"a prompt must be a string, not {type(prompt).__name__}")
-        if isinstance(max_length, bool) or not isinstance(max_length, int):
+        if isinstance(max_length, bool) or not isinstance(max_length, Integral):
             raise TypeError(f"max_length must be an integer, not {type(max_length).__name__}")
         if max_length < len(self.prefix):
             raise ValueError(f"max_length is {max_length}; it must be at least {len(self.prefix)}, the prefix's length")

@@ -10,15 +10,17 @@ PROMPTS = ["a red cat on the roof of a very old house in the rain", "一座灯�
 NEGATIVES = ["ugly", "", "a long list of everything that ought not to be seen in this picture, 模糊"]
 
 
-@pytest.fixture(scope="module", params=[torch.float32, torch.float64], ids=str)
+@pytest.fixture(scope="module", params=[("small", torch.float32), ("small", torch.float64), ("mini", torch.float64)])
 def pipe(request, small_checkpoint):
-    return KolorsPipeline.from_pretrained(small_checkpoint, dtype=request.param)
+    """Matrix products of embeddings as wide as the miniature's hang on how these lie in memory."""
+    model, dtype = request.param
+    return KolorsPipeline.from_pretrained(small_checkpoint if model == "small" else model, dtype=dtype)
 
 
 def draw(pipe, numbers, **options):
     """Pictures of some of the prompts, each from noise of its own."""
     noises = [torch.Generator().manual_seed(number) for number in numbers]
-    sizes = {"height": 64, "width": 80, "num_inference_steps": 4, "output_type": "np"}
+    sizes = {"height": 64, "width": 80, "num_inference_steps": 4, "output_type": "latent"}
     lists = {
         name: [values[number] for number in numbers] for name, values in options.items() if isinstance(values, list)
     }

@@ -4,6 +4,7 @@ import re
 from copy import deepcopy
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -107,6 +108,11 @@ def test_what_no_format_helps(small_checkpoint):
     pipe.vae.decoder.norm_out.weight[0] = torch.nan
     with pytest.raises(FloatingPointError, match=r"decoding \(the VAE\) gave NaN or infinity"):
         pipe.decode(latents(1, 4, 4, 4))
+
+
+def test_latents_that_are_no_tensor(small_pipe):
+    with pytest.raises(TypeError, match="latents must be a tensor, not ndarray"):
+        small_pipe.decode(np.zeros((1, 4, 4, 4)))
 
 
 @pytest.mark.parametrize("shape", [(4, 8, 8), (1, 3, 8, 8), (1, 4, 8, 8, 1)])

@@ -3,6 +3,7 @@
 The model is the official one or, where that is not at hand, the miniature's.
 """
 
+import numpy as np
 import pytest
 import torch
 from diffusers.pipelines.kolors.tokenizer import ChatGLMTokenizer
@@ -71,6 +72,10 @@ def test_batch(max_length, tokenizer, official):
 def test_defaults(tokenizer, official):
     """A single string is a batch of one; the length is the one Kolors was trained with."""
     assert_same(tokenizer("a cat"), official, ["a cat"], 256)
+
+
+def test_a_whole_number_of_numpy(tokenizer, official):
+    assert_same(tokenizer("a cat", np.int64(16)), official, ["a cat"], 16)
 
 
 @needs_official_tokenizer

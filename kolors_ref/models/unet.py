@@ -65,7 +65,7 @@ class Context:
         return Context(self.embedding[rows], select(self.layers, rows))
 
 
-def select(layers: Sequence[Sequence[KeyValue]], rows: slice) -> tuple[tuple[KeyValue, ...], ...]:
+def select(layers: Sequence[Sequence[KeyValue]], rows: slice | list[int]) -> tuple[tuple[KeyValue, ...], ...]:
     """Selects rows of the batch of what cross-attentions look at; a tensor of one row is shared by all."""
     take = lambda part: part[rows] if isinstance(part, Tensor) and len(part) > 1 else part
     return tuple(tuple(KeyValue(*map(take, seen)) for seen in layer) for layer in layers)

@@ -224,9 +224,9 @@ class EDMDPMSolverPP:
         """See `Sampler.plan`; takes a number of steps only."""
         check_request(self, num_steps, timesteps, sigmas)
         schedule.check_num_steps(num_steps)
-        final = self.sigma_min if self.final_sigmas_type == "sigma_min" else 0.0
         # In fp32, as the reference has it: over many stochastic steps the rounding shows.
         levels = karras_levels(self.sigma_min, self.sigma_max, torch.linspace(0, 1, num_steps), self.rho)
+        final = min(self.sigma_min, levels[-1].item()) if self.final_sigmas_type == "sigma_min" else 0.0
         levels = torch.cat([levels, torch.tensor([final])])
         return Plan(0.25 * levels[:-1].log(), levels, math.sqrt(self.sigma_max**2 + 1))
 

@@ -18,7 +18,15 @@ from torch import Tensor
 
 from kolors_ref.sampling.dpm_solver import DPMSolverPP, DPMSolverPPSingle, EDMDPMSolverPP
 from kolors_ref.sampling.protocol import DrawNoise, Predict, Sampler, Step, Values, check_choice, check_request
-from kolors_ref.sampling.schedule import NoiseSchedule, Plan, at_least_fp32, edm_level, karras_sigmas, vp_level
+from kolors_ref.sampling.schedule import (
+    NoiseSchedule,
+    Plan,
+    as_numbers,
+    at_least_fp32,
+    edm_level,
+    karras_sigmas,
+    vp_level,
+)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Euler family: Karras et al. 2022
@@ -137,7 +145,8 @@ def predict_noise(predict: Predict, x: Tensor, timestep: Tensor, sigma: float) -
 
 def check_sigmas(sigmas: Sequence[float]) -> np.ndarray:
     """Custom noise levels (n + 1,) in fp32; ValueError unless they descend, to 0 or above."""
-    values = np.asarray(sigmas, dtype=np.float32)
+    with np.errstate(over="ignore"):  # what is too large for fp32 is refused below
+        values = as_numbers("custom sigmas", sigmas).astype(np.float32)
     falling = values.ndim == 1 and len(values) > 1 and (np.diff(values) < 0).all()
     if not falling or values[-1] < 0 or not np.isfinite(values[0]):
         raise ValueError("custom sigmas must be two or more numbers, finite, each below the one before, none below 0.")
@@ -223,7 +232,7 @@ def get_sampler(sampler: str | Sampler) -> Sampler:
     if isinstance(sampler, str):
         if sampler in SAMPLERS:
             return SAMPLERS[sampler]
-        nearest = difflib.get_close_matches(sampler, SAMPLERS, n=1, cutoff=0.0)[0]
+        nearest = difflib.get_close_matches(sampler.lower(), SAMPLERS, n=1, cutoff=0.0)[0]
         raise ValueError(f"there is no sampler {sampler!r}; the nearest is {nearest!r}, of {', '.join(SAMPLERS)}.")
     if isinstance(sampler, type) or not isinstance(sampler, Sampler):
         raise TypeError(f"a sampler must be a name or an instance such as Euler(), but is {sampler!r}.")

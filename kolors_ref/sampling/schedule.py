@@ -111,6 +111,8 @@ class NoiseSchedule:
         self.sigmas = ((1 - self.alphas_cumprod) / self.alphas_cumprod).sqrt()
         if self.sigmas[0] == 0:
             raise ValueError(f"beta_start is {config.beta_start}, which is no noise at all in fp32.")
+        if not torch.isfinite(self.sigmas[-1]):
+            raise ValueError(f"beta_end is {config.beta_end}, which leaves nothing but noise in fp32.")
 
     def sigma_at(self, timesteps: np.ndarray) -> np.ndarray:
         """Noise levels (n,) at `timesteps` (n,), linear between the whole ones."""
@@ -143,7 +145,7 @@ class NoiseSchedule:
 
     def custom_timesteps(self, timesteps: Sequence[float]) -> np.ndarray:
         """The caller's own timesteps (n,) as fp64; ValueError unless they descend and lie within the training range."""
-        values, last = np.asarray(timesteps, dtype=np.float64), self.config.num_train_timesteps - 1
+        values, last = as_numbers("custom timesteps", timesteps), self.config.num_train_timesteps - 1
         if values.ndim != 1 or not len(values) or not (np.diff(values) < 0).all():
             raise ValueError("custom timesteps must be a list of numbers, each smaller than the one before.")
         if not (values[0] <= last and values[-1] >= 0):
@@ -179,6 +181,14 @@ def karras_levels(sigma_min: float, sigma_max: float, ramp: Ramp, rho: float) ->
     """The formula behind `karras_sigmas`, in the number format of `ramp` (n,), which runs from 0 to 1."""
     low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
     return (high + ramp * (low - high)) ** rho
+
+
+def as_numbers(name: str, values: Sequence[float]) -> np.ndarray:
+    """The values as fp64; ValueError, with the name, for what is no numbers."""
+    try:
+        return np.asarray(values, dtype=np.float64)
+    except (ValueError, TypeError, OverflowError) as error:
+        raise ValueError(f"{name} must be a list of numbers, but {error}.") from None
 
 
 def at_least_fp32(x: Tensor) -> Tensor:

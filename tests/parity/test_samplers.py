@@ -230,6 +230,20 @@ def test_a_last_step_of_length_zero_leaves_the_latents_alone(order, solver_type)
     assert torch.equal(ours[-1], ours[-2])
 
 
+@pytest.mark.parametrize("num_steps", [1, 2, 5, 25])
+@pytest.mark.parametrize(("order", "stochastic"), [(1, False), (2, False), (1, True), (2, True)])
+def test_edm_ends_no_noisier_than_it_was(order, stochastic, num_steps):
+    """In fp32 its last level is a little below sigma_min, which comes again; the way back up has no real length."""
+    sampler = EDMDPMSolverPP(order=order, stochastic=stochastic, final_sigmas_type="sigma_min")
+    oracle, plan = make_oracle(sampler), sampler.plan(NoiseSchedule(KOLORS), num_steps)
+    oracle.set_timesteps(num_steps)
+    assert (plan.sigmas.diff() <= 0).all()
+    torch.testing.assert_close(plan.sigmas, oracle.sigmas, rtol=1e-6, atol=0)
+    theirs, _ = run_oracle(oracle, latents_like(0) * plan.initial_scale)
+    ours, _ = run_ours(sampler, latents_like(0) * plan.initial_scale, plan)
+    assert worst(ours, theirs) < 1e-5
+
+
 def test_third_order_sde_is_refused():
     """The oracle has one, with a D_2 whose weight tends to -1 and not 0 as steps shrink: a sign is wrong."""
     h = torch.tensor(1e-3, dtype=torch.float64)

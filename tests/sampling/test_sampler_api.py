@@ -131,7 +131,14 @@ def test_get_sampler():
 
 
 @pytest.mark.parametrize(
-    ("name", "nearest"), [("dpm++2m", "dpmpp-2m"), ("Euler", "euler"), ("eular-karras", "euler-karras")]
+    ("name", "nearest"),
+    [
+        ("dpm++2m", "dpmpp-2m"),
+        ("Euler", "euler"),
+        ("eular-karras", "euler-karras"),
+        ("DDIM", "ddim"),
+        ("DPM++ 2M Karras", "dpmpp-2m-karras"),
+    ],
 )
 def test_unknown_names(name, nearest):
     with pytest.raises(ValueError, match=f"nearest is '{nearest}', of euler, .*edm-dpmpp-2m"):
@@ -190,6 +197,10 @@ def test_exactly_one_request(name, request_):
     [
         ({"timesteps": [500, 500, 1]}, "each smaller than the one before"),
         ({"timesteps": [1, 500]}, "each smaller than the one before"),
+        ({"timesteps": "abc"}, "custom timesteps must be a list of numbers, but could not convert"),
+        ({"sigmas": ["a", "b"]}, "custom sigmas must be a list of numbers, but could not convert"),
+        ({"sigmas": [10**400, 1]}, "custom sigmas must be a list of numbers"),
+        ({"sigmas": [1e50, 1.0, 0.0]}, "custom sigmas must be two or more numbers, finite"),
         ({"timesteps": []}, "each smaller than the one before"),
         ({"timesteps": [float("nan"), 3]}, "each smaller than the one before"),
         ({"timesteps": [1100, 500]}, "must lie in 0 to 1099, but run from 1100 to 500"),
