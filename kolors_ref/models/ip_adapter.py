@@ -2,7 +2,7 @@
 
 A perceiver resampler condenses CLIP's view of the picture into a few image tokens; every cross-attention of the UNet
 gets keys and values of its own for them. The attention itself happens in the UNet:
-out = attention(q, text) + scale × attention(q, image) (section 3.2, eq. 5).
+out = attention(q, text) + scale × attention(q, image) (section 3.2, eq. 5 and, with the scale, 8).
 """
 
 from collections.abc import Sequence
