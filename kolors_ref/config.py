@@ -66,7 +66,8 @@ class VAEConfig:
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    """The noise schedule of training: Kolors report, on training at high resolutions (more steps and a larger final beta than SDXL)."""
+    """The noise schedule of training: more steps and a larger final beta than SDXL's (Kolors report, on high
+    resolutions)."""
 
     num_train_timesteps: int = 1100
     beta_start: float = 0.00085
