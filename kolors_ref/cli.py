@@ -20,10 +20,13 @@ Number = TypeVar("Number", int, float)
 COMMANDS = ("generate", "train", "evaluate")
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 ABLATIONS = ("bag-of-words", "short-captions", "dense-captions", "sdxl-schedule", "no-tuning", "no-reward")
-MODEL_HELP = "a checkpoint's folder, or the id of a hub repository (default: the embedded miniature)"
+ABOUT = 'Kolors: pictures from prompts in Chinese or English. kolors-ref "PROMPT" is kolors-ref generate "PROMPT".'
+MODEL_HELP = "a checkpoint's folder, or a hub id, with kolors-ref[hub] (default: the embedded miniature)"
+SAMPLER_HELP = "euler, heun, ddim, dpmpp-2m-karras, ...; a wrong name lists all (default: the checkpoint's)"
 GUIDANCE_HELP = "1 is no guidance (default: the checkpoint's, or 6.5)"
-UNET_STEPS_HELP = f"of the UNet (default: {Recipe().unet.steps}), what follows in proportion"
-OFFLOAD_HELP = "keep networks in the file: on the device one at a time, or block by block (default: where a CPU must)"
+UNET_STEPS_HELP = f"of concept learning (default: {Recipe().unet.steps}); later stages of the UNet in proportion"
+OFFLOAD_HELP = "model: one network on the device at a time; stream: block by block (default: none, if memory allows)"
+OUTPUT_HELP = "for tables and pictures (default: %(default)s)"
 LIMIT_HELP = "prompts of a category, or choices about a fact, in each language (default: %(default)s)"
 DECODING_HELP = "tiled needs less memory above 1024 pixels, and is approximate (default: %(default)s)"
 UNRECORDED = ("command", "output", "repeat", "help")
@@ -112,7 +115,7 @@ def as_arguments(record: dict[str, Any], parser: Parser) -> list[str]:
 
 def build_parsers() -> tuple[Parser, Parser]:
     """Builds the parser of the whole command line, and the one of `generate`."""
-    parser = Parser(prog="kolors-ref", description="Kolors: pictures from prompts in Chinese or English.")
+    parser = Parser(prog="kolors-ref", description=ABOUT)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     generate = commands.add_parser("generate", help="make pictures", description="Make pictures from prompts.")
     add = generate.add_argument
@@ -126,18 +129,21 @@ def build_parsers() -> tuple[Parser, Parser]:
     add("--steps", type=int, default=25, help="denoising steps (default: %(default)s)")
     add("--guidance-scale", type=float, help=GUIDANCE_HELP)
     add("--guidance-interval", metavar="START,END", help="guide these shares of the steps only, such as 0.2,0.8")
-    add("--sampler", metavar="NAME", help="such as euler or dpmpp-2m-karras (default: the checkpoint's)")
-    add("--seed", type=seed_number, metavar="N", help="of the noise (default: drawn, and printed)")
+    add("--sampler", metavar="NAME", help=SAMPLER_HELP)
+    add("--seed", type=seed_number, metavar="N", help="of the noise (default: random, and printed)")
     add("--num-images", type=int, default=1, help="pictures of each prompt (default: %(default)s)")
-    add("--max-sequence-length", type=int, default=256, help="tokens of a prompt (default: %(default)s)")
+    add("--max-sequence-length", type=int, default=256, help="tokens of a prompt, more is cut (default: %(default)s)")
     add("--image", type=Path, metavar="FILE", help="a picture to start from")
     add("--strength", type=float, default=0.8, help="how much of --image is redone, 0 to 1 (default: %(default)s)")
     add("--ip-adapter", action="append", metavar="FILE", help="an IP-Adapter-Plus, for image prompts; repeatable")
-    add("--image-encoder", metavar="DIR", help="its CLIP (default: image_encoder beside the adapter)")
+    add("--image-encoder", metavar="DIR", help="the adapter's CLIP (default: image_encoder beside it)")
     add(
-        "--ip-image", action="append", metavar="FILE", help="a reference picture; repeatable, one an adapter if several"
+        "--ip-image",
+        action="append",
+        metavar="FILE",
+        help="a reference picture; repeatable, one an adapter if several",
     )
-    add("--ip-scale", type=float, default=1.0, help="what reference pictures count (default: %(default)s)")
+    add("--ip-scale", type=float, default=1.0, help="weight of the reference pictures (default: %(default)s)")
     add("--lora", action="append", metavar="FILE[:SCALE]", help="a LoRA and its weight (default: 1); repeatable")
     add("--dtype", choices=DTYPES, help="to compute in (default: the checkpoint's, or what the CPU is fast in)")
     add("--device", default="cpu", help="such as cpu or cuda (default: %(default)s)")
@@ -153,15 +159,20 @@ def build_parsers() -> tuple[Parser, Parser]:
 
 def add_train(commands: "argparse._SubParsersAction[Parser]") -> None:
     """Adds the command `train`."""
-    about = "Train the embedded miniature from nothing; run again, it goes on where it stopped."
-    add = commands.add_parser("train", help="train the miniature", description=about).add_argument
+    about = "Train a miniature like the embedded one from nothing. Run again, it goes on where it stopped."
+    add = commands.add_parser("train", help="train a miniature", description=about).add_argument
     add("what", choices=("mini",), help="the model to train")
     add("--folder", type=Path, default=Path("mini-training"), help="for all that is written (default: %(default)s)")
-    add("--scale", type=positive, default=1.0, metavar="F", help="times the steps and the data (default: %(default)s)")
+    add("--scale", type=positive, default=1.0, metavar="F", help="factor of all steps and data (default: %(default)s)")
     add("--unet-steps", type=counting, metavar="N", help=UNET_STEPS_HELP)
     add("--seed", type=seed_number, default=0, metavar="N", help="of weights, data and noise (default: %(default)s)")
-    add("--ablate", action="append", choices=ABLATIONS, help="leave out what it is to show the worth of; repeatable")
-    add("--reuse", metavar="DIR", help="take the stages that are the same from another run, or from mini")
+    add(
+        "--ablate",
+        action="append",
+        choices=ABLATIONS,
+        help="leave out or change a part to see its worth; repeatable",
+    )
+    add("--reuse", metavar="DIR", help="take stages that do not change from another run's folder, or from mini")
     add("--previous", action="store_true", help="go on from the last checkpoint but one")
     add("--device", help="cpu or cuda (default: cuda if there is one)")
 
@@ -170,21 +181,21 @@ def add_evaluate(commands: "argparse._SubParsersAction[Parser]") -> None:
     """Adds the command `evaluate`."""
     about = (
         "Draw the prompts of MiniPrompts, judge the pictures, and print the scores. With --captions nothing is drawn: "
-        "the UNet is offered pairs of captions, and counted is how often it takes the one that is true of a picture."
+        "the UNet is offered pairs of captions of a picture, and its right choices are counted."
     )
     add = commands.add_parser("evaluate", help="score a model", description=about).add_argument
     add("--model", default="mini", metavar="DIR", help=MODEL_HELP)
-    add("--captions", action="store_true", help="have it choose between captions; steps, guidance, seed do not count")
+    add("--captions", action="store_true", help="have it choose between captions; options of drawing do not count")
     add("--steps", type=int, default=25, help="denoising steps (default: %(default)s)")
     add("--guidance-scale", type=float, help=GUIDANCE_HELP)
-    add("--sampler", metavar="NAME", help="such as euler or dpmpp-2m-karras (default: the checkpoint's)")
+    add("--sampler", metavar="NAME", help=SAMPLER_HELP)
     add("--seed", type=seed_number, default=0, metavar="N", help="of the noise of pictures (default: %(default)s)")
     add("--language", choices=("zh", "en"), help="of the prompts (default: both)")
     add("--limit", type=counting, default=24, metavar="N", help=LIMIT_HELP)
     add("--batch-size", type=counting, default=16, metavar="N", help="pictures drawn together (default: %(default)s)")
     add("--dtype", choices=DTYPES, help="to compute in (default: the checkpoint's, or what the CPU is fast in)")
     add("--device", help="cpu or cuda (default: cuda if there is one)")
-    add("-o", "--output", type=Path, default=Path("evaluation"), metavar="DIR", help="for tables and pictures")
+    add("-o", "--output", type=Path, default=Path("evaluation"), metavar="DIR", help=OUTPUT_HELP)
 
 
 def positive(text: str) -> float:

@@ -16,6 +16,7 @@ from weights_conversion.keymaps.lora import NAMINGS
 from weights_conversion.lora import read_lora, save_lora
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+ABOUT = "Look at, convert and compare Kolors checkpoints."
 SHOWN = 10  # differences that verify spells out
 
 
@@ -24,7 +25,7 @@ class OneLineParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Ends the program with the message."""
-        self.exit(2, f"{self.prog}: {one_line(message)}\n")
+        self.exit(2, f"weights_conversion: {one_line(message)}\n")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -90,17 +91,17 @@ def _verify(first: Checkpoint, second: Checkpoint, progress: bool) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = OneLineParser(prog="weights_conversion", description="Look at, convert and compare Kolors checkpoints.")
+    parser = OneLineParser(prog="python -m weights_conversion", description=ABOUT)
     commands = parser.add_subparsers(dest="command", required=True, metavar="inspect | convert | verify | lora")
     command = commands.add_parser("inspect", help="say what a checkpoint is")
     command.add_argument("source", help="a checkpoint folder or a UNet file")
     command.add_argument("--variant", help="the files to take where there are several, such as fp16")
     command = commands.add_parser("convert", help="write a checkpoint in another layout")
-    command.add_argument("source", help="a checkpoint folder")
-    command.add_argument("destination", help="the folder to write")
+    command.add_argument("source", help="a checkpoint folder: diffusers', the Kolors team's or ours")
+    command.add_argument("destination", help="the folder to write; with --force it may exist")
     command.add_argument("--to", required=True, choices=["kolors-ref", "diffusers"], help="the layout to write")
     command.add_argument("--dtype", choices=list(DTYPES), help="cast floating-point tensors")
-    command.add_argument("--force", action="store_true", help="replace a checkpoint that stands at the destination")
+    command.add_argument("--force", action="store_true", help="replace the checkpoint at the destination")
     command.add_argument("--variant", help="the files to take where there are several, such as fp16")
     command = commands.add_parser("verify", help="compare the networks of two checkpoints: exit status 0 same, 1 not")
     command.add_argument("first", help="a checkpoint folder or a UNet file")
@@ -110,7 +111,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("source", help="a LoRA file, or the folder of one")
     command.add_argument("destination", help="the .safetensors file to write")
     command.add_argument("--to", required=True, choices=NAMINGS, help="whose names to write")
-    command.add_argument("--force", action="store_true", help="replace a file that stands at the destination")
+    command.add_argument("--force", action="store_true", help="replace the file at the destination")
     return parser
 
 

@@ -34,7 +34,7 @@ from .machine import describe, drop_from_cache, limits
 ROOT = Path(__file__).resolve().parents[2]
 UNREAD = ("token_embed", "final_norm", "lm_head", "rope", "text_proj", "size_embed", "encoder", "quant_conv")
 """Weights that are looked up, used once a picture or used for other things: no part of what a timed call reads."""
-TOKENIZER = ROOT.parent / "shared" / "tokenizer" / "tokenizer.model"
+TOKENIZER = Path(os.environ.get("KOLORS_TOKENIZER", ROOT.parent / "shared" / "tokenizer" / "tokenizer.model"))
 
 
 def check_list(text: str, allowed: tuple[str, ...]) -> list[str]:

@@ -52,8 +52,9 @@ def test_every_field_of_the_oracle_is_known_with_its_default(name):
 
 @needs_official_tokenizer
 def test_the_official_text_encoder_config():
-    """The file of the official checkpoint, kept beside its tokenizer, gives the official sizes."""
-    config = json.loads(OFFICIAL_TOKENIZER.with_name("text_encoder_config.json").read_text())
+    """The file of the official checkpoint, or one kept beside its tokenizer, gives the official sizes."""
+    beside, folder = OFFICIAL_TOKENIZER.with_name("text_encoder_config.json"), OFFICIAL_TOKENIZER.parents[1]
+    config = json.loads((beside if beside.is_file() else folder / "text_encoder" / "config.json").read_text())
     assert GLM.to_ours(config, "config.json") == asdict(GLMConfig())
 
 
