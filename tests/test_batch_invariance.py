@@ -20,7 +20,7 @@ def pipe(request, small_checkpoint):
 def draw(pipe, numbers, **options):
     """Pictures of some of the prompts, each from noise of its own."""
     noises = [torch.Generator().manual_seed(number) for number in numbers]
-    sizes = {"height": 64, "width": 80, "num_inference_steps": 4, "output_type": "latent"}
+    sizes = {"height": 64, "width": 80, "num_inference_steps": 4, "output_type": "pt"}
     lists = {
         name: [values[number] for number in numbers] for name, values in options.items() if isinstance(values, list)
     }

@@ -201,6 +201,7 @@ def test_what_is_loaded_is_what_was_asked_for(kolors, small_pipe, small_checkpoi
     """And again with --repeat, where the type is the one that was computed in."""
     for file in ("unet.safetensors", "a.bin"):
         Path(file).write_bytes(b"weights")
+    Path("clip").mkdir()
     options = ["--dtype", "float16", "--device", "cuda:1", "--variant", "fp16", "--offload", "model"]
     adapters = []
     monkeypatch.setattr(small_pipe, "load_ip_adapter", lambda *arguments: adapters.append(arguments))
@@ -454,14 +455,16 @@ def test_mistakes(expect_refused, arguments, mentions):
         ("--unet", "missing"),
         ("--ip-adapter", "missing", "--ip-image", "picture.png"),
         ("--ip-adapter", "picture.png", "--ip-image", "missing"),
+        ("--ip-adapter", "picture.png", "--ip-image", "picture.png", "--image-encoder", "missing"),
     ],
 )
 def test_missing_files_are_noticed_before_a_model_is_loaded(expect_refused, tmp_path, options):
     """Loading 18 GB takes long. A model that is nowhere either would be complained of, if it had been looked for."""
     Image.new("RGB", (8, 8)).save(tmp_path / "picture.png")
-    expect_refused(
-        "cat", *options, mentions="missing, which the picture is to be made with, does not exist", model="nowhere"
-    )
+    refused = "which the picture is to be made with, does not exist"
+    expect_refused("cat", *options, mentions=f"missing, {refused}", model="nowhere")
+    adapter = ("--ip-adapter", "picture.png", "--ip-image", "picture.png")
+    expect_refused("cat", *adapter, mentions=f"image_encoder, {refused}", model="nowhere")
 
 
 def test_no_arguments(expect_refused):

@@ -1,6 +1,7 @@
 """Writes a checkpoint in another layout: beside the destination first, under its own name only once it is whole."""
 
 import os
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -11,17 +12,21 @@ from torch import Tensor
 from tqdm import tqdm
 
 from weights_conversion.checkpoint import GUIDANCE_ENTRY, OUR_INDEX, Checkpoint, Network, open_checkpoint
-from weights_conversion.files import STEMS, Tensors, dtype_in_file, write_json, write_safetensors
+from weights_conversion.files import FLOATS, STEMS, Tensors, dtype_in_file, write_json, write_safetensors
 from weights_conversion.keymaps import KEYMAPS
 
 SHARD_BYTES = 5 * 10**9
 """The text encoder is split into files of at most about this size in the diffusers layout."""
 
 WRITTEN = {OUR_INDEX, "tokenizer.model", *(f"{name}.safetensors" for name in KEYMAPS)}
-WRITTEN |= {"model_index.json", "scheduler", "tokenizer", *KEYMAPS}
+WRITTEN |= {"model_index.json", "scheduler", "tokenizer", ".DS_Store", *KEYMAPS}
 """What the two layouts have, and a checkpoint that is replaced may have."""
-OTHER_FILES = (".json", ".model", ".py", "vocab.txt")
-"""How files other than weights end in the folders of a checkpoint."""
+PARTS = re.compile(
+    rf"({'|'.join(STEMS)})[.\w-]*(\.safetensors|\.bin)(\.index[.\w-]*\.json)?"
+    r"|config\.json|configuration\.json|scheduler_config\.json|(special_)?tokenize\w*\.json|added_tokens\.json"
+    r"|(configuration|modeling|tokenization)_chatglm\.py|quantization\.py|tokenizer\.model|vocab\.txt|\.DS_Store"
+)
+"""The files in the folders of a checkpoint, the Kolors team's code among them."""
 
 OnBytes = Callable[[int], Any]
 
@@ -47,8 +52,8 @@ def convert(
     writers = {"kolors-ref": _write_kolors_ref, "diffusers": _write_diffusers}
     if to not in writers:
         raise ValueError(f"The layout {to!r} cannot be written, only {' and '.join(writers)} can.")
-    if dtype is not None and not dtype.is_floating_point:
-        raise ValueError(f"Weights cannot be cast to {dtype}, only to a floating-point format.")
+    if dtype is not None and dtype not in FLOATS:
+        raise ValueError(f"Weights cannot be cast to {dtype}, only to one of {', '.join(map(str, FLOATS))}.")
     source, destination = Path(source), Path(destination)
     checkpoint = open_checkpoint(source, variant)
     _check_complete(checkpoint)
@@ -99,8 +104,7 @@ def _belongs(path: Path, target: Path) -> bool:
     first, *rest = path.relative_to(target).parts
     if not rest:
         return first in WRITTEN
-    weights = path.name.startswith(STEMS) and path.suffix in (".safetensors", ".bin")
-    return len(rest) == 1 and path.is_file() and (weights or path.name.endswith(OTHER_FILES))
+    return len(rest) == 1 and path.is_file() and PARTS.fullmatch(path.name) is not None
 
 
 def _size(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> int:

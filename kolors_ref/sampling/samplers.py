@@ -145,9 +145,9 @@ def predict_noise(predict: Predict, x: Tensor, timestep: Tensor, sigma: float) -
 
 def check_sigmas(sigmas: Sequence[float]) -> np.ndarray:
     """Custom noise levels (n + 1,) in fp32; ValueError unless they descend, to 0 or above."""
-    with np.errstate(over="ignore"):  # what is too large for fp32 is refused below
+    with np.errstate(over="ignore", invalid="ignore"):  # what is too large for fp32 is refused below
         values = as_numbers("custom sigmas", sigmas).astype(np.float32)
-    falling = values.ndim == 1 and len(values) > 1 and (np.diff(values) < 0).all()
+        falling = values.ndim == 1 and len(values) > 1 and (np.diff(values) < 0).all()
     if not falling or values[-1] < 0 or not np.isfinite(values[0]):
         raise ValueError("custom sigmas must be two or more numbers, finite, each below the one before, none below 0.")
     return values

@@ -112,7 +112,9 @@ class NoiseSchedule:
         if self.sigmas[0] == 0:
             raise ValueError(f"beta_start is {config.beta_start}, which is no noise at all in fp32.")
         if not torch.isfinite(self.sigmas[-1]):
-            raise ValueError(f"beta_end is {config.beta_end}, which leaves nothing but noise in fp32.")
+            raise ValueError(
+                f"beta_end {config.beta_end} leaves nothing but noise after {config.num_train_timesteps} timesteps."
+            )
 
     def sigma_at(self, timesteps: np.ndarray) -> np.ndarray:
         """Noise levels (n,) at `timesteps` (n,), linear between the whole ones."""
@@ -186,7 +188,10 @@ def karras_levels(sigma_min: float, sigma_max: float, ramp: Ramp, rho: float) ->
 def as_numbers(name: str, values: Sequence[float]) -> np.ndarray:
     """The values as fp64; ValueError, with the name, for what is no numbers."""
     try:
-        return np.asarray(values, dtype=np.float64)
+        numbers = np.asarray(values)
+        if numbers.dtype.kind in "US":
+            raise ValueError("some are text")
+        return numbers.astype(np.float64)
     except (ValueError, TypeError, OverflowError) as error:
         raise ValueError(f"{name} must be a list of numbers, but {error}.") from None
 

@@ -53,8 +53,12 @@ def test_every_field_of_the_oracle_is_known_with_its_default(name):
 @needs_official_tokenizer
 def test_the_official_text_encoder_config():
     """The file of the official checkpoint, or one kept beside its tokenizer, gives the official sizes."""
-    beside, folder = OFFICIAL_TOKENIZER.with_name("text_encoder_config.json"), OFFICIAL_TOKENIZER.parents[1]
-    config = json.loads((beside if beside.is_file() else folder / "text_encoder" / "config.json").read_text())
+    beside = OFFICIAL_TOKENIZER.with_name("text_encoder_config.json")
+    places = [beside, OFFICIAL_TOKENIZER.parents[1] / "text_encoder" / "config.json"]
+    found = [path for path in places if path.is_file()]
+    if not found:
+        pytest.skip("the official text encoder's config is not with its tokenizer")
+    config = json.loads(found[0].read_text())
     assert GLM.to_ours(config, "config.json") == asdict(GLMConfig())
 
 

@@ -217,7 +217,17 @@ def test_what_appeared_meanwhile_is_not_replaced(shared_diffusers, tmp_path, mon
     assert listing(tmp_path) == ["ours"]
 
 
-@pytest.mark.parametrize("name", ["unet/checkpoints/model.safetensors", "unet/finetune.safetensors", "vae/NOTES.md"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "unet/checkpoints/model.safetensors",
+        "unet/finetune.safetensors",
+        "unet/modelling.safetensors.zip",
+        "unet/train.py",
+        "unet/results.json",
+        "vae/NOTES.md",
+    ],
+)
 def test_what_is_no_part_of_a_checkpoint_is_not_replaced(shared_diffusers, diffusers_folder, name):
     """In the folders of its networks neither."""
     file = diffusers_folder / name
@@ -242,6 +252,7 @@ def test_layouts_and_formats_that_cannot_be_written(shared_diffusers, tmp_path):
     """The message says which can."""
     expect_failure(ValueError, shared_diffusers, tmp_path / "x", "kolors-ref and diffusers", to="kolors")
     expect_failure(ValueError, shared_diffusers, tmp_path / "x", "torch.int8", dtype=torch.int8)
+    expect_failure(ValueError, shared_diffusers, tmp_path / "x", "float8_e4m3fn", dtype=torch.float8_e4m3fn)
 
 
 @pytest.mark.parametrize("to", ["kolors-ref", "diffusers"])

@@ -68,15 +68,14 @@ def test_casting_touches_floating_point_alone(tmp_path):
         assert torch.equal(back[name], tensor.half() if tensor.is_floating_point() else tensor)
 
 
-def test_casting_from_and_to_eight_bits(tmp_path):
+def test_casting_from_eight_bits(tmp_path):
     """torch cannot ask such numbers whether they are finite."""
     numbers = torch.tensor([0.5, -448.0, 0.0], dtype=torch.float8_e4m3fn)
     write_safetensors(tmp_path / "a.safetensors", {"a": numbers}, torch.bfloat16)
     assert torch.equal(load_file(tmp_path / "a.safetensors")["a"], numbers.bfloat16())
-    write_safetensors(tmp_path / "a.safetensors", {"a": numbers.float()}, torch.float8_e4m3fn)
-    assert load_file(tmp_path / "a.safetensors")["a"].float().tolist() == [0.5, -448, 0]
-    with pytest.raises(ValueError, match="The tensor 'a' holds numbers beyond 57344"):
-        write_safetensors(tmp_path / "a.safetensors", {"a": torch.full((2,), 1e6)}, torch.float8_e5m2)
+    large = torch.full((2,), 57344.0, dtype=torch.float8_e5m2)
+    write_safetensors(tmp_path / "a.safetensors", {"a": large}, torch.float16)
+    assert load_file(tmp_path / "a.safetensors")["a"].tolist() == [57344, 57344]
 
 
 @pytest.mark.parametrize("name", ["a.safetensors", "a.bin"])

@@ -20,7 +20,7 @@ from kolors_ref.models.vae import VAE
 from weights_conversion.keymaps import KEYMAPS
 
 BESIDE = Path(__file__).parents[3] / "shared" / "tokenizer" / "tokenizer.model"
-OFFICIAL_TOKENIZER = Path(os.environ.get("KOLORS_TOKENIZER", BESIDE))
+OFFICIAL_TOKENIZER = Path(os.environ.get("KOLORS_TOKENIZER", BESIDE)).resolve()
 needs_official_tokenizer = pytest.mark.skipif(
     not OFFICIAL_TOKENIZER.is_file(), reason="KOLORS_TOKENIZER names no file: Kolors' tokenizer.model"
 )

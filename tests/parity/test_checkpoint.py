@@ -192,6 +192,7 @@ def official_picture(checkpoint, dtype, device, side):
 
     pipe = stage(text_encoder=load_oracle(checkpoint, "text_encoder", dtype, device))
     embeds = pipe.encode_prompt(PROMPT, negative_prompt=NEGATIVE, device=device)
+    del pipe  # with its network, before the next one comes
     pipe = stage(unet=load_oracle(checkpoint, "unet", dtype, device))
     names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
     latents = pipe(

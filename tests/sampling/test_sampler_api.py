@@ -197,8 +197,10 @@ def test_exactly_one_request(name, request_):
     [
         ({"timesteps": [500, 500, 1]}, "each smaller than the one before"),
         ({"timesteps": [1, 500]}, "each smaller than the one before"),
-        ({"timesteps": "abc"}, "custom timesteps must be a list of numbers, but could not convert"),
-        ({"sigmas": ["a", "b"]}, "custom sigmas must be a list of numbers, but could not convert"),
+        ({"timesteps": "abc"}, "custom timesteps must be a list of numbers, but some are text"),
+        ({"sigmas": ["3", "1"]}, "custom sigmas must be a list of numbers, but some are text"),
+        ({"sigmas": [[3], [2, 1]]}, "custom sigmas must be a list of numbers, but setting an array"),
+        ({"sigmas": [1e50, 1e49, 0.0]}, "custom sigmas must be two or more numbers, finite"),
         ({"sigmas": [10**400, 1]}, "custom sigmas must be a list of numbers"),
         ({"sigmas": [1e50, 1.0, 0.0]}, "custom sigmas must be two or more numbers, finite"),
         ({"timesteps": []}, "each smaller than the one before"),
