@@ -324,20 +324,16 @@ def input_files(options: argparse.Namespace) -> list[Path]:
     return [Path(file) for file in files if file is not None]
 
 
-def image_encoders(options: argparse.Namespace) -> list[Path]:
-    """Gives the folder of the image encoder that the first IP-Adapter needs; the others may share it."""
-    if not options.ip_adapter:
-        return []
-    return [Path(options.image_encoder or Path(options.ip_adapter[0]).parent / "image_encoder")]
-
-
 def check_inputs(options: argparse.Namespace) -> dict[str, str]:
     """Gives the content hash of every such file.
 
     Raises FileNotFoundError if one is missing, and ValueError if one changed since the picture to repeat was made.
     """
+    from .ip_adapter_file import encoder_folder
+
     inputs, files = {}, input_files(options)
-    for file in files + image_encoders(options):
+    encoders = [Path(options.image_encoder or encoder_folder(adapter)) for adapter in (options.ip_adapter or [])[:1]]
+    for file in files + encoders:  # which further adapters share
         if not file.exists():
             raise FileNotFoundError(f"{file}, which the picture is to be made with, does not exist")
     for file in files:

@@ -19,7 +19,7 @@ from torch import Tensor
 from .arguments import check_finite, check_number
 from .config import UNetConfig
 from .images import Pictures, clip_pixels
-from .ip_adapter_file import load_image_encoder, load_ip_adapter
+from .ip_adapter_file import encoder_folder, load_image_encoder, load_ip_adapter
 from .models.clip import CLIPVision
 from .models.ip_adapter import IPAdapter
 from .models.unet import KeyValue, UNet
@@ -79,7 +79,7 @@ def load_adapter(path: str | Path, image_encoder: str | Path | None, unet: UNet,
     if image_encoder is not None:
         folder = Path(image_encoder).resolve()
     else:
-        folder = loaded[-1].encoder_folder if loaded else Path(path).resolve().parent / "image_encoder"
+        folder = loaded[-1].encoder_folder if loaded else encoder_folder(path)
     shared = [adapter.encoder for adapter in loaded if adapter.encoder_folder == folder]
     encoder = shared[0] if shared else load_image_encoder(folder, dtype, device)
     if encoder.config.width != model.config.image_dim:

@@ -72,6 +72,11 @@ def read_ip_adapter(path: str | Path, unet: UNetConfig) -> tuple[IPAdapterConfig
     return config, state
 
 
+def encoder_folder(path: str | Path) -> Path:
+    """Where the image encoder of an IP-Adapter's file lies unless something else is said: beside it."""
+    return Path(path).resolve().parent / "image_encoder"
+
+
 def load_image_encoder(
     folder: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
 ) -> CLIPVision:

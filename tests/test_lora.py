@@ -592,6 +592,13 @@ def test_damaged_settings(file, settings, message):
         read_lora(file)
 
 
+def test_a_moved_base_is_refused_where_layers_have_alphas_of_their_own(file):
+    own = {name.replace("lora_A.weight", "alpha"): torch.tensor(3.0) for name in load_file(file) if "lora_A" in name}
+    save_file({**load_file(file), **own}, file, {"lora_adapter_metadata": '{"init_lora_weights": "pissa"}'})
+    with pytest.raises(ValueError, match="begun with 'pissa'"):
+        read_lora(file)
+
+
 @pytest.mark.parametrize(
     ("settings", "alpha"),
     [

@@ -94,6 +94,7 @@ def _read_file(path: Path) -> dict[str, dict[str, LowRank]]:
     tensors = open_file(path)
     found = _places(tensors, path)
     settings = _settings(path)
+    of_network = {network: _of_network(settings, network, path) for network in {place.network for place in found}}
     networks: dict[str, dict[str, LowRank]] = {}
     for network, layer in dict.fromkeys((place.network, place.layer) for place in found):
         parts = {part: found.get(Place(network, layer, part)) for part in ("down", "up", "alpha")}
@@ -107,7 +108,7 @@ def _read_file(path: Path) -> dict[str, dict[str, LowRank]]:
         if parts["alpha"] is not None:
             alpha = _number(tensors[parts["alpha"]], parts["alpha"], path)
         else:
-            alpha = _alpha(settings, network, names.official_layer(network, layer), down.shape[0], path)
+            alpha = _alpha(of_network[network], names.official_layer(network, layer), down.shape[0], path)
         networks.setdefault(network, {})[layer] = LowRank(down, up, alpha)
     return networks
 
@@ -171,14 +172,19 @@ def _settings(path: Path) -> dict[str, Any]:
     return settings
 
 
-def _alpha(settings: dict[str, Any], network: str, official: str, rank: int, path: Path) -> float:
-    """A layer's alpha by the settings of PEFT, whose patterns are for the end of a layer's name."""
+def _of_network(settings: dict[str, Any], network: str, path: Path) -> dict[str, Any]:
+    """The settings of one network, which a header tells apart by its name before each."""
     prefix = f"{network}."
     own = {key.removeprefix(prefix): value for key, value in settings.items() if key.startswith(prefix)} or settings
     begun = own.get("init_lora_weights")
     if isinstance(begun, str) and begun.lower().startswith(MOVED_BASES):
         raise ValueError(f"{path} was begun with {begun[:SHOWN]!r}, which moves the base: convert it to a plain LoRA.")
-    alpha, patterns = own.get("lora_alpha", rank), own.get("alpha_pattern") or {}
+    return own
+
+
+def _alpha(settings: dict[str, Any], official: str, rank: int, path: Path) -> float:
+    """A layer's alpha by the settings of PEFT, whose patterns are for the end of a layer's name."""
+    alpha, patterns = settings.get("lora_alpha", rank), settings.get("alpha_pattern") or {}
     if not isinstance(patterns, dict):
         raise ValueError(f"{path}: alpha_pattern is {patterns!r}, and an object of names and numbers is needed.")
     for pattern, value in patterns.items():
@@ -186,7 +192,7 @@ def _alpha(settings: dict[str, Any], network: str, official: str, rank: int, pat
             alpha = value
             break
     alpha = _number(alpha, "lora_alpha", path)
-    return alpha * math.sqrt(rank) if own.get("use_rslora") else alpha  # rsLoRA divides by the root of the rank
+    return alpha * math.sqrt(rank) if settings.get("use_rslora") else alpha  # rsLoRA divides by the root of the rank
 
 
 def _fits(pattern: str, official: str, path: Path) -> bool:
