@@ -74,7 +74,7 @@ def read_ip_adapter(path: str | Path, unet: UNetConfig) -> tuple[IPAdapterConfig
 
 def encoder_folder(path: str | Path) -> Path:
     """Where the image encoder of an IP-Adapter's file lies unless something else is said: beside it."""
-    return Path(path).resolve().parent / "image_encoder"
+    return Path(path).parent.resolve() / "image_encoder"  # the file itself may be a link into a cache
 
 
 def load_image_encoder(

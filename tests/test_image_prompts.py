@@ -168,6 +168,19 @@ def test_image_encoders_are_shared(pipe, files, tmp_path):
     assert [encoder is first for encoder in others] == [True, True, False]
 
 
+def test_the_image_encoder_beside_a_linked_file(pipe, files, tmp_path):
+    """The cache of the Hugging Face hub holds links to files that lie elsewhere, under other names."""
+    link = tmp_path / "adapter.safetensors"
+    link.symlink_to(files / "first.safetensors")
+    (tmp_path / "image_encoder").mkdir()
+    for file in (files / "other_encoder").iterdir():
+        (tmp_path / "image_encoder" / file.name).symlink_to(file)
+    pipe.load_ip_adapter(link)
+    pipe.load_ip_adapter(link, image_encoder=files / "other_encoder", name="expected")
+    linked, expected = (adapter.encoder.state_dict() for adapter in pipe.ip_adapters.values())
+    assert all(torch.equal(linked[name], tensor) for name, tensor in expected.items())
+
+
 def test_a_failed_load_leaves_nothing(one, files):
     with pytest.raises(FileNotFoundError):
         one.load_ip_adapter(files / "missing.safetensors")
