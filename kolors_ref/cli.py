@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import secrets
 import sys
 from collections.abc import Callable, Sequence
@@ -37,6 +38,16 @@ NEEDS = (("ip_image", "ip_adapter"), ("ip_adapter", "ip_image"), ("image_encoder
 """Arguments that do nothing without another."""
 
 
+OUT_OF_MEMORY = re.compile("out of memory|allocate memory|not enough memory")
+"""What torch says of it on a GPU and on a CPU."""
+SMALLER = {
+    "generate": "; try --offload stream, or a smaller picture",
+    "evaluate": "; try a smaller --batch-size",
+    "train": "",
+}
+"""What helps where memory is short."""
+
+
 class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one line."""
 
@@ -63,11 +74,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, TypeError, OSError, ArithmeticError) as error:
         return fail(error)
     except MemoryError:
-        return fail("out of memory; try a smaller picture")
+        return fail("out of memory" + SMALLER[options.command])
     except RuntimeError as error:
-        if "memory" not in str(error):
+        if not OUT_OF_MEMORY.search(str(error)):
             raise
-        return fail(f"out of memory ({str(error).splitlines()[0]}); try a smaller picture")
+        return fail(f"out of memory ({str(error).splitlines()[0]})" + SMALLER[options.command])
     return 0
 
 

@@ -31,6 +31,7 @@ def without_overflow(vae: VAE, inputs: Iterable[Tensor], work: Callable[[VAE, Te
         y = work(vae, x.to(weight))
         if weight.dtype == torch.float16 and not torch.isfinite(y).all():
             vae = deepcopy(vae).float()
+            torch.cuda.empty_cache()  # pieces of half the size would serve nothing now
             y = work(vae, x.to(weight.device, torch.float32))
         results.append(y)
     return results

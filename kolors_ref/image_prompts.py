@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .arguments import check_finite, check_number
 from .config import UNetConfig
-from .images import Pictures, clip_pixels
+from .images import Pictures, clip_pixels, in_8_bits
 from .ip_adapter_file import encoder_folder, load_image_encoder, load_ip_adapter
 from .models.clip import CLIPVision
 from .models.ip_adapter import IPAdapter
@@ -174,9 +174,10 @@ def read_masks(mask: Any, height: int, width: int) -> list[Tensor]:
     if isinstance(mask, list | tuple):
         return [one for item in mask for one in read_masks(item, height, width)]
     if isinstance(mask, Image.Image):
-        grey = np.asarray(mask.resize((width, height), Image.Resampling.LANCZOS).convert("L"))
+        grey = np.asarray(in_8_bits(mask).resize((width, height), Image.Resampling.LANCZOS).convert("L"))
         return [torch.from_numpy((grey >= 128).astype(np.float32))]
-    mask = torch.from_numpy(mask) if isinstance(mask, np.ndarray) else mask
+    if isinstance(mask, np.ndarray) and mask.dtype.kind in "biuf":
+        mask = torch.from_numpy(np.array(mask, dtype=mask.dtype.newbyteorder("=")))  # of any layout
     if not isinstance(mask, Tensor):
         raise TypeError(f"ip_adapter_mask holds a {type(mask).__name__}; it must be a Pillow image, tensor or array")
     if mask.dtype != torch.bool and not mask.is_floating_point():

@@ -163,6 +163,19 @@ def _split_tensor(image: torch.Tensor) -> list[Image.Image | torch.Tensor]:
     return list(batch)
 
 
+def in_8_bits(image: Image.Image) -> Image.Image:
+    """A picture of 16 bits of grey in 8, where Pillow itself would clip at 255; any other as it is.
+
+    Raises ValueError for grey values beyond 16 bits.
+    """
+    if not image.mode.startswith("I"):  # in some formats 16 bits are opened as 32
+        return image
+    values = np.asarray(image).astype(np.float64) / 257
+    if values.min() < 0 or values.max() > 255:
+        raise ValueError("a picture has grey values beyond 16 bits: convert it to RGB first.")
+    return Image.fromarray(values.round().astype(np.uint8))
+
+
 def _to_rgb(image: Image.Image) -> Image.Image:
     """Upright, over white, 8 bits a channel; a copy even where there is nothing to do."""
     if image.width == 0 or image.height == 0:
@@ -173,11 +186,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         raise ValueError(f"a picture cannot be read from its file ({error}).") from error
     if image.mode == "F":
         raise ValueError("a Pillow image of floats (mode F) has no known range: convert it to RGB first.")
-    if image.mode.startswith("I"):  # 16 bits, in some formats opened as 32: Pillow itself would clip at 255
-        values = np.asarray(image).astype(np.float64) / 257
-        if values.min() < 0 or values.max() > 255:
-            raise ValueError("a picture has grey values beyond 16 bits: convert it to RGB first.")
-        image = Image.fromarray(values.round().astype(np.uint8))
+    image = in_8_bits(image)
     try:
         if image.has_transparency_data:
             image = image.convert("RGBA")

@@ -30,6 +30,8 @@ from .unfilled import unfilled
 NETWORKS = {"text_encoder": (GLMEncoder, GLMConfig), "unet": (UNet, UNetConfig), "vae": (VAE, VAEConfig)}
 MOST_KINDS = 64
 """Graphs of the transformer block that are kept; a kind of call, such as another number of pictures, needs two."""
+CONTAINER_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+"""Where Linux says, in two versions, how many bytes of memory a container may take."""
 EMBEDDED = "mini"
 """What the embedded miniature is called; a folder of that name is "./mini"."""
 WEIGHTS = Path(__file__).parent / "mini" / "weights"
@@ -209,8 +211,14 @@ def default_offload(networks: Mapping[str, Network], dtype: torch.dtype, device:
         return "none"
     tensors = [tensor for name in ("text_encoder", "unet") for tensor in networks[name].tensors.values()]
     cast = sum(tensor.numel() * dtype.itemsize for tensor in tensors if tensor.dtype != dtype)
+    return "stream" if cast > memory_allowed() / 2 else "none"
+
+
+def memory_allowed() -> int:
+    """Bytes of the machine's memory, or of the container's share of it."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return "stream" if cast > memory / 2 else "none"
+    shares = [path.read_text().strip() for path in CONTAINER_LIMITS if path.is_file()]
+    return min([memory, *(int(share) for share in shares if share.isdecimal())])
 
 
 def check_device(device: torch.device | str) -> torch.device:

@@ -20,6 +20,7 @@ from weights_conversion.lora import LoRA, LowRank, read_lora, save_lora
 
 from .arguments import free_name
 from .models.unet import Upsample
+from .offload import is_away
 
 __all__ = [
     "LoRA", "LowRank", "attach", "attached", "detach", "fuse", "load", "read_lora", "save_lora", "unfuse", "unload",
@@ -181,10 +182,12 @@ def fuse(*networks: nn.Module) -> None:
 
     The weights without the updates are kept in main memory (nothing new where they are mapped from a file).
 
-    Raises ValueError if none of the networks has any updates.
+    Raises ValueError if none of the networks has any updates, or the weights are not there to be changed (offload).
     """
     if not any(attached(network) for network in networks):
         raise ValueError("There is no LoRA to fuse: load one first.")
+    if any(is_away(layer.weight) for network in networks for layer, _ in _adapted(network)):
+        raise ValueError("A LoRA cannot be fused into weights that are offloaded: it works without being fused.")
     for network in networks:
         for layer, adapter in _adapted(network):
             if adapter.base is None:

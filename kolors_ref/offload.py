@@ -180,12 +180,12 @@ class Slot:
         self.copied, self.used = torch.cuda.Event(), torch.cuda.Event()
         self.holds: Unit | None = None
 
-    def views(self, half: Tensor, unit: Unit) -> Iterator[Tensor]:
-        """Gives the place of each weight of a unit in one of the two halves."""
+    def views(self, memory: Tensor, unit: Unit) -> Iterator[Tensor]:
+        """Gives the place of each weight of a unit in the buffer or its twin."""
         start = 0
         for weight in unit.weights:
             size = weight.stored.numel() * weight.absent.element_size()
-            place = half[start : start + size].view(weight.absent.dtype)
+            place = memory[start : start + size].view(weight.absent.dtype)
             if weight.is_convolution:
                 out_channels, in_channels, *kernel = weight.absent.shape
                 yield place.view(out_channels, *kernel, in_channels).movedim(-1, 1)
@@ -264,8 +264,8 @@ class PinnedStream:
                 return slot
         slot = self.slots[0]
         slot.holds = None
-        slot.copied.synchronize()  # after a wrong guess the pinned half is still read
-        slot.used.synchronize()  # the other half too, as long as the last unit but one computes
+        slot.copied.synchronize()  # after a wrong guess the pinned twin is still read
+        slot.used.synchronize()  # the buffer too, as long as the last unit but one computes
         unit.check_once()
         for weight, view in zip(unit.weights, slot.views(slot.pinned, unit), strict=True):
             view.copy_(weight.stored)
@@ -320,19 +320,24 @@ def let_rest(
         units = dict.fromkeys(groups, Unit([weight for group in groups.values() for weight in group], check))
     else:
         units = {head: Unit(group, check) for head, group in groups.items()}
-    once = {unit for head, unit in units.items() if head in computed_once(network)}
+    heads = computed_once(network)
+    once = {unit for head, unit in units.items() if head in heads}
     let_stay(tuple(dict.fromkeys(units.values())), once, carrier.capacity)
     for head, unit in units.items():
         head.register_forward_pre_hook(lambda head, inputs, unit=unit: carrier.before(unit))
         head.register_forward_hook(lambda head, inputs, output, unit=unit: carrier.after(unit))
-        if not isinstance(carrier, OneAtATime):
-            head.register_forward_hook(refuse_gradients)
+        head.register_forward_hook(refuse_gradients)
 
 
 def refuse_gradients(head: nn.Module, inputs: tuple, output: Tensor) -> None:
-    """RuntimeError if a gradient is wanted of what has computed: its weights are gone when their turn comes again."""
+    """RuntimeError if a gradient is wanted of what has computed: its weights may be gone when it is computed."""
     if output.requires_grad:
         raise RuntimeError('gradients need weights that stay; load with offload="none"')
+
+
+def is_away(parameter: nn.Parameter) -> bool:
+    """Whether a parameter is the shadow of a weight that rests in its file."""
+    return parameter.numel() > 1 and not any(parameter.stride())
 
 
 def let_stay(network: tuple[Unit, ...], once: set[Unit], capacity: int) -> None:
@@ -362,7 +367,12 @@ def let_stay(network: tuple[Unit, ...], once: set[Unit], capacity: int) -> None:
 
 def make_way(network: nn.Module, carrier: Carrier) -> None:
     """Lets the weights that visit the device leave before a network computes that needs much memory."""
-    network.register_forward_pre_hook(lambda network, inputs: carrier.clear())
+
+    def clear(network: nn.Module, inputs: tuple) -> None:
+        carrier.clear()
+        torch.cuda.empty_cache()  # in pieces of the size of weights it would serve nothing else
+
+    network.register_forward_pre_hook(clear)
 
 
 def computed_once(network: nn.Module) -> set[nn.Module]:

@@ -105,7 +105,8 @@ class KolorsPipeline:
                 the device. A weight of another type than dtype is cast every time. By default "none", but on a CPU
                 "stream" if the weights to cast would take more than half of the memory.
             compile: whether torch compiles the UNet's transformer blocks while the first picture is made, for the next
-                ones to be faster; not with offload, and on a CPU a C++ compiler is needed.
+                ones to be faster; not with offload, and on a CPU a C++ compiler is needed. A LoRA that is not fused
+                compiles the blocks anew, for each rank in them.
 
         Raises:
             FileNotFoundError: a file or folder is missing.
@@ -382,7 +383,7 @@ class KolorsPipeline:
         own_generators = isinstance(request.generator, list | tuple) and len(request.generator) > 1
         rows = starts if own_generators else list(range(len(image)))
         weight = self.vae.quant_conv.weight
-        # Where the weights are fp16, the official pipeline encodes in fp32, and so draws this noise.
+        # The official pipeline encodes in fp32, and so draws this noise. On a CPU what is drawn in bf16 is the same.
         dtype = torch.float32 if weight.dtype == torch.float16 else weight.dtype
         noise = draw_noise((len(rows), *shape[1:]), request.generator, weight.device, dtype)
         mean, std = torch.cat(without_overflow(self.vae, image.split(1), mean_and_std), dim=1)

@@ -38,4 +38,5 @@ def partial(path: Path) -> Path:
 def remove_unfinished(folder: Path) -> None:
     """Removes what runs that were killed amidst writing left under names that are none."""
     for path in folder.glob(".*.partial-*"):
-        path.unlink()
+        if path.name.rpartition("-")[2].isdecimal():
+            path.unlink()

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: small networks gain nothing from threads
+pytest.register_assert_rewrite("parity.oracle")  # so that a failure says by how much
 
 
 def pytest_addoption(parser):

@@ -6,7 +6,7 @@ from PIL import Image
 
 from kolors_ref import KolorsPipeline
 
-PROMPTS = ["a red cat on the roof of a very old house in the rain", "一座灯塔", "a dog"]
+PROMPTS = ["a red cat on the roof of a very old house in the rain " * 9, "一座灯塔", ""]
 NEGATIVES = ["ugly", "", "a long list of everything that ought not to be seen in this picture, 模糊"]
 
 

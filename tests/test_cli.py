@@ -25,6 +25,7 @@ from weights_conversion.files import FLOATS
 SMALL = ["--height", "64", "--width", "64", "--steps", "1"]
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="there is a /proc on Linux only")
 HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 FAULTS = """
 import resource
@@ -77,7 +78,7 @@ def expect_refused(kolors, tmp_path):
 
 
 @pytest.fixture
-def patched(small_pipe, monkeypatch):
+def patched(small_pipe):
     """patched(part, name, function of the tensor): a parameter of the preloaded model is another one for this test."""
 
     def patch(part, name, function):
@@ -225,8 +226,9 @@ def test_what_is_loaded_again(kolors, small_checkpoint):
 @pytest.mark.parametrize(
     ("error", "mentions"),
     [
-        (MemoryError(), "out of memory; try a smaller picture"),
-        (RuntimeError("CUDA out of memory. Tried\nmore"), "out of memory (CUDA out of memory. Tried); try a smaller"),
+        (MemoryError(), "out of memory; try --offload stream, or a smaller picture"),
+        (RuntimeError("CUDA out of memory. Tried\nmore"), "out of memory (CUDA out of memory. Tried); try --offload"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "out of memory (DefaultCPUAllocator"),
     ],
 )
 def test_too_little_memory(expect_refused, small_pipe, monkeypatch, error, mentions):
@@ -484,7 +486,7 @@ def test_the_embedded_model_is_the_default():
         ("missing/a.png", "does not exist"),
         ("file/a.png", "does not exist"),
         ("x" * 300 + ".png", "too long"),
-        pytest.param("/proc/a.png", "cannot be written", marks=pytest.mark.skipif(sys.platform != "linux", reason="")),
+        pytest.param("/proc/a.png", "cannot be written", marks=needs_linux),
     ],
 )
 def test_output_paths_that_cannot_be_written(expect_refused, tmp_path, monkeypatch, output, mentions):

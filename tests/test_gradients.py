@@ -1,4 +1,4 @@
-"""What records gradients: the networks and one prediction do, calls of the pipeline do not, a stream cannot."""
+"""What records gradients: networks and one prediction do, calls of the pipeline do not, offloaded networks cannot."""
 
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
@@ -73,9 +73,10 @@ def test_a_sampler_can_be_led_by_a_gradient(small_pipe):
     assert (sampler.gradients[0] * direction).sum().item() == pytest.approx(slope.item(), rel=1e-5)
 
 
-def test_a_stream_refuses(small_checkpoint):
-    """Its weights are gone when gradients are computed: they would be NaN."""
-    pipe = KolorsPipeline.from_pretrained(small_checkpoint, offload="stream")
+@pytest.mark.parametrize("offload", ["model", "stream"])
+def test_weights_that_leave_refuse(small_checkpoint, offload):
+    """They may be gone when gradients are computed, which would be NaN."""
+    pipe = KolorsPipeline.from_pretrained(small_checkpoint, offload=offload)
     x = torch.randn(1, 4, 8, 8, requires_grad=True)
     with pytest.raises(RuntimeError, match='gradients need weights that stay; load with offload="none"'):
         pipe.unet(x, 500, context_of(pipe.unet))

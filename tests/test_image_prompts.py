@@ -330,6 +330,9 @@ def test_forms_of_a_mask():
     for mask in (ramp, ramp[None], ramp[None, None], [ramp], ramp.numpy(), [[ramp.numpy()]]):
         (given,) = read_masks(mask, 64, 64)
         assert torch.equal(given, ramp)
+    flipped = np.fliplr(np.fliplr(ramp.numpy()).copy())
+    for mask in (flipped, ramp.numpy().astype(">f4"), np.broadcast_to(ramp.numpy(), (8, 8))):
+        assert torch.equal(read_masks(mask, 64, 64)[0], ramp)
     (half,) = read_masks(ramp > 0.5, 64, 64)
     assert torch.equal(half, (ramp > 0.5).float())
     assert len(read_masks([ramp.expand(2, 8, 8), ramp], 64, 64)) == 3
@@ -337,6 +340,8 @@ def test_forms_of_a_mask():
     assert image.shape == (64, 32)
     assert set(image.unique().tolist()) == {0.0, 1.0}
     assert torch.equal(image[:, 20:], torch.ones(64, 12))
+    (deep,) = read_masks(Image.fromarray((ramp * 65535).numpy().astype(np.uint16)), 64, 32)
+    assert torch.equal(deep, image)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -366,7 +366,7 @@ def test_updates_that_do_not_fit(unet):
         assert not any("lora" in vars(module) for module in unet.modules())
 
 
-def test_a_convolution_of_another_kind(unet):
+def test_a_convolution_of_another_kind():
     """The autoencoder enlarges before it convolves, which no hook knows of."""
     vae = VAE(VAEConfig(channels=(8, 8), layers_per_block=1, norm_groups=4))
     low_rank = LowRank(torch.ones(2, 8, 3, 3), torch.ones(8, 2, 1, 1), 1.0)

@@ -36,45 +36,64 @@ def carrier(request, monkeypatch):
     return request.param.split()[-1]
 
 
-class PretendEvent:
-    """What an event marks: it may be going on still, the computation waits for it, it has yet to be marked."""
-
-    pending = awaited = due = False
-
-    def record(self, stream=None):
-        self.pending, self.awaited, self.due = True, False, False
-
-    def synchronize(self):
-        self.pending = False
-
-
 class PretendStream:
+    """A stream that knows what it waits for; `current` is the one that work is given to."""
+
+    current = None
+
     def __init__(self, *args):
         self.awaits = None
 
     def wait_event(self, event):
-        event.awaited = True
+        event.awaited_by = self
 
     def wait_stream(self, other):
         self.awaits = other
 
 
+class PretendEvent:
+    """What an event marks, and where: it may be going on still, a stream waits for it, it has yet to be marked."""
+
+    pending = due = False
+    stream = awaited_by = None
+
+    def record(self, stream=None):
+        self.stream = stream or PretendStream.current
+        self.pending, self.awaited_by, self.due = True, None, False
+
+    def synchronize(self):
+        self.pending = False
+
+
+@contextlib.contextmanager
+def on_stream(stream):
+    """Gives work to another stream for a while."""
+    before, PretendStream.current = PretendStream.current, stream
+    try:
+        yield
+    finally:
+        PretendStream.current = before
+
+
 def pretend_cuda(monkeypatch, capacity=0):
     """Lets "stream" stream on a CPU as it does on CUDA, one thing after the other; `capacity` bytes may stay.
 
-    A buffer must not be written before it is known that nobody reads it, nor read before it is known to be written.
+    A buffer must not be written before it is known that nobody reads it, nor read before it is known to be written: the
+    computing stream must have marked the one, and wait for another to have done the other.
     """
     empty, make, views = torch.empty, offload.make_carrier, offload.Slot.views
 
-    def checked_views(slot, half, unit):
-        if half is slot.buffer:
-            assert slot.copied.awaited
+    def checked_views(slot, memory, unit):
+        if memory is slot.buffer:
+            assert slot.copied.awaited_by is computing
+            assert slot.copied.stream not in (None, computing)
             assert not slot.copied.due
             slot.used.due = True
         else:
             assert not any((slot.copied.pending, slot.used.pending, slot.used.due))
+            assert slot.used.stream in (None, computing)
             slot.copied.due = True
-        return views(slot, half, unit)
+        return views(slot, memory, unit)
 
     monkeypatch.setattr(offload.Slot, "views", checked_views)
     monkeypatch.setattr(offload, "SMALL", 10_000)
@@ -82,8 +101,9 @@ def pretend_cuda(monkeypatch, capacity=0):
     monkeypatch.setattr(torch.cuda, "Event", PretendEvent)
     monkeypatch.setattr(torch.cuda, "Stream", PretendStream)
     computing = PretendStream()
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: computing)
-    monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
+    monkeypatch.setattr(PretendStream, "current", computing)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: PretendStream.current)
+    monkeypatch.setattr(torch.cuda, "stream", on_stream)
     pinned = lambda mode, device: offload.PinnedStream(device, capacity) if mode == "stream" else make(mode, device)
     monkeypatch.setattr(loading, "make_carrier", pinned)
 
@@ -161,14 +181,6 @@ def test_what_comes_in_inference_mode_serves_outside_of_it(checkpoint_copy, carr
         pipe.encode_prompt("a cat")
     assert torch.equal(pipe.encode_prompt("a cat").sequence, resident.encode_prompt("a cat").sequence)
     assert torch.equal(draw(pipe), expected)
-    if carrier == "model":
-        with torch.inference_mode():
-            draw(pipe, output_type="latent")
-        x = torch.randn(1, 4, 4, 4, requires_grad=True)
-        text = pipe.unet.config.text_dim
-        context = pipe.unet.prepare(torch.randn(1, 3, text), torch.randn(1, text), torch.ones(1, 6))
-        pipe.unet(x, torch.tensor([500]), context).sum().backward()
-        assert x.grad.isfinite().all()
 
 
 def test_an_interrupted_copy_is_done_again(checkpoint_copy, monkeypatch):
@@ -360,7 +372,7 @@ def test_a_pinned_stream_lets_some_units_stay(checkpoint_copy, monkeypatch):
     monkeypatch.setattr(offload.Unit, "arrive", lambda unit: (arrivals.append(unit), arrive(unit)))
     fetched, views = [], offload.Slot.views
     monkeypatch.setattr(
-        offload.Slot, "views", lambda slot, half, unit: (fetched.append(unit), views(slot, half, unit))[1]
+        offload.Slot, "views", lambda slot, memory, unit: (fetched.append(unit), views(slot, memory, unit))[1]
     )
     pipe = KolorsPipeline.from_pretrained(in_half(checkpoint_copy), torch.bfloat16, offload="stream")
     glm, unet = units(pipe.text_encoder), units(pipe.unet)
@@ -378,15 +390,16 @@ def test_a_pinned_stream_lets_some_units_stay(checkpoint_copy, monkeypatch):
     assert present(unet) == []
 
 
-def test_the_autoencoder_has_the_memory_to_itself(checkpoint_copy, carrier):
-    """Whatever stayed of the UNet leaves first; the next picture is the same."""
+def test_the_autoencoder_has_the_memory_to_itself(checkpoint_copy, carrier, monkeypatch):
+    """Whatever stayed of the UNet leaves first, and its memory with it; the next picture is the same."""
     pipe = KolorsPipeline.from_pretrained(in_half(checkpoint_copy), torch.bfloat16, offload=carrier)
-    everything, seen = units(pipe.text_encoder) + units(pipe.unet), []
+    everything, seen, given_back = units(pipe.text_encoder) + units(pipe.unet), [], []
     for half in (pipe.vae.encoder, pipe.vae.decoder):
         half.conv_in.register_forward_hook(lambda *args: seen.append(present(everything)))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: given_back.append(present(everything)))
     image = Image.effect_noise((32, 32), 60)
     assert torch.equal(draw(pipe, image=image), draw(pipe, image=image))
-    assert seen == [[]] * 4
+    assert seen == given_back == [[]] * 4
 
 
 def test_an_interruption_while_weights_leave(checkpoint_copy, carrier, monkeypatch):
@@ -505,25 +518,6 @@ def test_many_pictures_in_a_row(small_checkpoint):
     assert after < 1.01 * before
 
 
-def test_a_picture_does_not_depend_on_its_neighbours(small_pipe):
-    """Alone and among others, of other lengths too: equal to a hundredth of a grey level, so the same once rounded.
-
-    Only a value that lies that close to the middle between two bytes may be rounded to the other one.
-    """
-    prompts = ["a cat", "", "雪山下的湖边，摄影，电影感，" * 6, "a lighthouse in fog, with ships on a stormy sea " * 9]
-    generators = lambda: [torch.Generator().manual_seed(seed) for seed in range(len(prompts))]
-    make = lambda prompt, noise: small_pipe(
-        prompt, height=32, width=32, num_inference_steps=2, generator=noise, output_type="pt"
-    )
-    together = make(prompts, generators()) * 255
-    for prompt, generator, among in zip(prompts, generators(), together, strict=True):
-        alone = make(prompt, generator)[0] * 255
-        assert (alone - among).abs().max() < 0.01
-        clear = (alone.frac() - 0.5).abs() > 0.01
-        assert torch.equal(alone.round()[clear], among.round()[clear])
-        assert clear.float().mean() > 0.95
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # What is refused
 # ---------------------------------------------------------------------------------------------------------------------
@@ -555,6 +549,9 @@ def test_what_cannot_be(checkpoint_copy):
     lora.attach(pipe.unet, updates(pipe.unet, {"conv_in": 2}), "a")
     with pytest.raises(ValueError, match="a LoRA cannot be fused with offload='stream'"):
         pipe.fuse_lora()
+    with pytest.raises(ValueError, match="cannot be fused into weights that are offloaded"):
+        lora.fuse(pipe.unet)
+    assert draw(pipe).isfinite().all()
     path = checkpoint_copy / WEIGHTS["unet"]
     edit_weights(path, lambda tensors: tensors.update({"conv_in.bias": torch.zeros(3)}))
     with pytest.raises(ValueError, match=r"conv_in\.bias has shape"):

@@ -54,20 +54,23 @@ def run_training(options: argparse.Namespace) -> None:
         raise NotADirectoryError(f"the folder {options.folder} of the training is a file; give another with --folder")
     with processes(options.device) as here:
         check_shares(recipe, here)
-        if options.reuse is not None and here.first:
-            taken = reuse_stages(options.folder, options.reuse, recipe)
-            print(f"taken from {options.reuse}: {', '.join(taken) or 'nothing more'}", file=sys.stderr)
-        here.wait()
+        if options.reuse is not None:
+            here.first_does(lambda: take_stages(options, recipe))
         model = train_mini(options.folder, recipe, here, options.previous)
         if here.first:
             print(model)
 
 
+def take_stages(options: argparse.Namespace, recipe: Recipe) -> None:
+    """Takes over what --reuse names, and says what that is."""
+    taken = reuse_stages(options.folder, options.reuse, recipe)
+    print(f"taken from {options.reuse}: {', '.join(taken) or 'nothing more'}", file=sys.stderr)
+
+
 def run_evaluation(options: argparse.Namespace) -> None:
     """Measures a model by what it draws of MiniPrompts, or by the captions it chooses; prints and writes the scores."""
     with processes(options.device) as here:
-        if here.first:
-            check_folder(options.output, CAPTION_FILES if options.captions else PICTURE_FILES)
+        here.first_does(lambda: check_folder(options.output, CAPTION_FILES if options.captions else PICTURE_FILES))
         dtype = None if options.dtype is None else getattr(torch, options.dtype)
         pipe = KolorsPipeline.from_pretrained(options.model, dtype, here.device)
         report = (chosen_captions if options.captions else judged_pictures)(pipe, options, here)

@@ -85,9 +85,7 @@ def train(
                 curve.add(step, loss.item(), bar)
             if (step + 1) % stage.save_every == 0 and step + 1 < stage.steps:
                 state = snapshot(step + 1, settings, module, average, optimizers)
-                if here.first:
-                    save_state(folder, stage.name, state)
-                here.wait()
+                here.first_does(lambda state=state: save_state(folder, stage.name, state))
     return average.module
 
 

@@ -1,7 +1,7 @@
 """Several processes, as torchrun starts them, that work together: who this one is, and how they meet."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
@@ -28,6 +28,25 @@ class Processes:
         """Waits until all processes are here."""
         if self.count > 1:
             dist.barrier()
+
+    def first_does(self, work: Callable[[], object]) -> None:
+        """Has the first process do something for all, while the others wait.
+
+        Raises what the work raises; the other processes end then, with exit status 2 and without a word.
+        """
+        error = None
+        if self.first:
+            try:
+                work()
+            except Exception as raised:
+                error = raised
+        if self.count > 1:
+            failed = [error is not None]
+            dist.broadcast_object_list(failed, device=self.device)
+            if failed[0] and not self.first:
+                raise SystemExit(2)
+        if error is not None:
+            raise error
 
     def autocast(self) -> AbstractContextManager:
         """Computes in bf16 what may be, if the device is fast in it."""

@@ -65,7 +65,7 @@ class Stage:
         cooldown: the share of the steps, the last of them, over which the learning rate falls.
         ema_decay: the most that the decay of the moving average of the weights can be, which is what a stage gives; up
             to 9 / (1 - ema_decay) steps the average simply covers about the last ninth of them.
-        save_every: steps between checkpoints.
+        save_every: steps between checkpoints; of rewards, whole rounds (`reward_tuning.UPDATES`).
     """
 
     name: str
@@ -90,9 +90,7 @@ class Stage:
     def scaled(self, factor: float) -> "Stage":
         """The same stage with more or fewer steps; one that is left out stays so."""
         scale = lambda count: max(min(count, 1), round(count * factor))
-        return replace(
-            self, steps=scale(self.steps), warmup=scale(self.warmup), save_every=min(self.save_every, scale(self.steps))
-        )
+        return replace(self, steps=scale(self.steps), warmup=scale(self.warmup))
 
 
 STAGES = ("glm", "vae", "vae_whole", "vae_decoder", "unet", "unet_tuning", "unet_reward", "unet_reward_again")
@@ -152,7 +150,8 @@ class Recipe:
         """The same recipe with another number of steps of concept learning; what follows changes in proportion."""
         later = STAGES[STAGES.index("unet") + 1 :]
         scaled = {field: getattr(self, field).scaled(steps / self.unet.steps) for field in later}
-        return replace(self, unet=replace(self.unet, steps=steps), **scaled)
+        warmup = min(self.unet.warmup, max(1, steps // 10))
+        return replace(self, unet=replace(self.unet, steps=steps, warmup=warmup), **scaled)
 
     def record(self) -> dict[str, Any]:
         """The contents of a run's recipe.json, as they are read back."""

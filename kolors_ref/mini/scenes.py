@@ -30,7 +30,7 @@ from .world import (
 LAYOUTS = {"single": 0.35, "row": 0.15, "column": 0.15, "nested": 0.1, "alike": 0.15, "free": 0.1}
 """How often things stand alone, beside each other, one over the other, one in the other, as copies, or anywhere."""
 GAP = 5.0
-"""The least number of pixels between two things, and between a thing and the edge; twice that in clean scenes."""
+"""The least number of pixels between a thing and the edge, and between two things; in clean scenes twice that."""
 
 T = TypeVar("T")
 Look = tuple[str, str, str, str]  # shape, colour, size, texture

@@ -1,7 +1,8 @@
 """Training the miniature Kolors from nothing: every stage in turn, each from where it stopped, then the checkpoint."""
 
-from collections.abc import Callable
-from contextlib import ExitStack
+import os
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -30,6 +31,11 @@ from .reward_tuning import CAPTIONS, RewardLoss, judged_drawing, reward_batches,
 from .tokenizer_training import train_tokenizer
 from .training_state import read_result, write_tensors
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 CLEAN_SEED, REWARD_SEED = 1, 100
 """Added to the recipe's seed for the pictures of quality tuning, and for the captions of reward tuning."""
 
@@ -47,24 +53,23 @@ def train_mini(folder: Path, recipe: Recipe, here: Processes, previous: bool = F
         The folder of the model: a checkpoint in this project's layout.
 
     Raises:
-        ValueError: a checkpoint is damaged, the folder holds a run of another recipe, or the processes cannot share the
-            batches of some stage evenly.
+        ValueError: a checkpoint is damaged, the folder holds a run of another recipe or one that is under way, or the
+            processes cannot share the batches of some stage evenly.
         OSError: something cannot be written.
     """
     check_shares(recipe, here)
     folder.mkdir(parents=True, exist_ok=True)
     if here.device.type == "cpu":
         keep_freed_memory()
-    run = Run(folder, recipe, here, previous)
-    run.begin()
-    run.tokenizer()
-    language_model = run.language_model()
-    vae = run.autoencoder()
-    unet = run.rewarded(run.denoiser(language_model.encoder, vae), language_model.encoder, vae)
-    model = folder / "model"
-    if here.first:
-        export(model, folder / "tokenizer.model", recipe, language_model, unet, vae)
-    here.wait()
+    run, model = Run(folder, recipe, here, previous), folder / "model"
+    with ExitStack() as locks:
+        here.first_does(lambda: locks.enter_context(held(folder)))
+        run.begin()
+        run.tokenizer()
+        language_model = run.language_model()
+        vae = run.autoencoder()
+        unet = run.rewarded(run.denoiser(language_model.encoder, vae), language_model.encoder, vae)
+        here.first_does(lambda: export(model, folder / "tokenizer.model", recipe, language_model, unet, vae))
     return model
 
 
@@ -76,21 +81,24 @@ class Run:
 
     def begin(self) -> None:
         """Notes the recipe, or raises ValueError if the folder holds a run of another; clears up after a killed run."""
-        check_recipe(self.folder, self.recipe)
-        self.here.wait()
-        if self.here.first:
+
+        def begin() -> None:
             note_recipe(self.folder, self.recipe)
             for folder in (self.folder, self.folder / "model"):
                 remove_unfinished(folder)
-        self.here.wait()
+
+        self.here.first_does(begin)
 
     def tokenizer(self) -> Tokenizer:
         """The SentencePiece model."""
         path = self.folder / "tokenizer.model"
-        if not path.is_file() and self.here.first:
-            with written(path) as beside:
-                train_tokenizer(beside, self.recipe)
-        self.here.wait()
+
+        def make() -> None:
+            if not path.is_file():
+                with written(path) as beside:
+                    train_tokenizer(beside, self.recipe)
+
+        self.here.first_does(make)
         return Tokenizer(path)
 
     def language_model(self) -> LanguageModel:
@@ -107,11 +115,14 @@ class Run:
         loss = self.stage(self.recipe.vae, loss, picture_batches(seed, sizes.VAE, CROP))
         loss = self.stage(self.recipe.vae_whole, loss, picture_batches(seed, sizes.VAE))
         path = self.folder / "vae-scale.json"
-        if not path.is_file() and self.here.first:
-            scale = round(measured_scale(loss.vae, seed, self.here.device), 5)
-            with written(path) as beside:
-                write_json(beside, {"scaling_factor": scale})
-        self.here.wait()
+
+        def measure() -> None:
+            if not path.is_file():
+                scale = round(measured_scale(loss.vae, seed, self.here.device), 5)
+                with written(path) as beside:
+                    write_json(beside, {"scaling_factor": scale})
+
+        self.here.first_does(measure)
         vae = with_config(loss.vae, replace(sizes.VAE, scaling_factor=read_scale(path)))
         if self.recipe.vae_decoder.steps:
             alone = self.stage(self.recipe.vae_decoder, DecoderLoss(vae), decoder_batches(seed, vae, self.here))
@@ -175,9 +186,7 @@ class Run:
         if not path.is_file():
             module = module.to(self.here.device).train().requires_grad_(True)
             module = train(stage, module, batches, self.folder, self.here, self.previous, average)
-            if self.here.first:
-                write_tensors(path, module.state_dict())
-            self.here.wait()
+            self.here.first_does(lambda: write_tensors(path, module.state_dict()))
         try:
             module.load_state_dict(read_result(path))
         except RuntimeError as error:
@@ -192,6 +201,25 @@ class Run:
         """Builds a network with the first weights that the seed decides."""
         torch.manual_seed(self.recipe.seed)
         return build().to(self.here.device)
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Keeps other runs out of a folder, where system and disk have locks; ValueError if one is under way there."""
+    if fcntl is None:
+        yield
+        return
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"a training is under way in {folder}; give another folder with --folder") from None
+        except OSError:
+            pass  # some disks in a network have none
+        yield
+    finally:
+        os.close(lock)  # as the system does when a process is killed
 
 
 def check_recipe(folder: Path, recipe: Recipe) -> None:

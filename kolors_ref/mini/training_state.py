@@ -86,13 +86,15 @@ def save_state(folder: Path, stage: str, state: TrainingState) -> None:
 def load_state(folder: Path, stage: str, settings: str, previous: bool = False) -> TrainingState | None:
     """Reads the last checkpoint of a stage, or with `previous` the last but one; None if there is none.
 
-    Raises ValueError if it is damaged, or was made with other settings.
+    Raises ValueError if it is damaged, was made with other settings, or is to be passed over and the only one.
     """
     files = state_files(folder, stage)
-    if previous and files:
-        files = files[:-1]
+    if previous and len(files) == 1:
+        raise ValueError(f"there is no checkpoint before {files[0]}; remove it to go on without it")
     if not files:
         return None
+    if previous:
+        files = files[:-1]
     path = files[-1]
     step = int(path.stem.removeprefix(f"{stage}-"))
     try:

@@ -6,7 +6,7 @@ Writes random weights into DIR the first time (full: 18 GB), or takes the checkp
 a process of its own; the contestants take turns. Results are kept in DIR-cpu.json or DIR-cuda.json after each, so an
 interrupted run goes on where it stopped, and parts can be measured one after the other. Linux only.
 
-Exit status 1: something failed, the pictures do not agree, or ours took too much memory; 2: the arguments are wrong.
+Exit status 1: something failed, stages or pictures do not agree, or ours took too much memory; 2: wrong arguments.
 See docs/performance.md.
 """
 
@@ -140,7 +140,7 @@ class Store:
 
     @classmethod
     def read(cls, file: Path, machine: dict[str, str | int]) -> "Store":
-        """Earlier results of the same machine and libraries; none if there is no file. Raises ValueError."""
+        """Earlier results of the same machine, libraries and code; none if there is no file. Raises ValueError."""
         if not file.exists():
             return cls(file, machine, {}, {})
         content = json.loads(file.read_text())
@@ -190,6 +190,7 @@ def run_all(jobs: list[Job], folder: Path, store: Store, again: bool) -> None:
         print(f"{number}/{len(jobs)} {job.key} ...", end=" ", flush=True)
         if job.part == "picture":
             drop_from_cache(folder)
+            drop_from_cache(adapter_folder(folder))
         store.figures[job.key] = run(job, folder, store.outputs / f"{job.key}.pt")
         print(store.figures[job.key].get("failed", "done"), flush=True)
         store.write()

@@ -1,5 +1,6 @@
 """The machine: what it is, what it can do at most, and what a process takes of its memory."""
 
+import hashlib
 import os
 import threading
 import time
@@ -12,6 +13,9 @@ import torch
 MATRIX_UNITS = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_fp16", "asimd", "bf16", "sve")
 MATRIX_SIDE = {"cpu": 2048, "cuda": 8192}
 COPIED_BYTES = {"cpu": 2**28, "cuda": 2**30}
+ROOT = Path(__file__).resolve().parents[2]
+MEASURED = ("kolors_ref", "weights_conversion", "tests/benchmarks")
+"""The folders of the code that is measured, and that measures."""
 
 
 def describe(device: str) -> dict[str, str | int]:
@@ -26,11 +30,20 @@ def describe(device: str) -> dict[str, str | int]:
         "matrix units": " ".join(unit for unit in MATRIX_UNITS if unit in flags) or "none",
         "memory": f"{os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 1e9:.0f} GB",
         **{name: version(name) for name in ("torch", "diffusers", "transformers", "accelerate")},
+        "code": digest(ROOT),
     }
     if device == "cuda":
         memory = torch.cuda.get_device_properties(0).total_memory
         found |= {"gpu": f"{torch.cuda.get_device_name()}, {memory / 1e9:.0f} GB", "cuda": torch.version.cuda}
     return found
+
+
+def digest(root: Path) -> str:
+    """A name of the code, another one after every change of it."""
+    found = hashlib.sha256()
+    for file in sorted(file for folder in MEASURED for file in (root / folder).rglob("*.py")):
+        found.update(f"{file.relative_to(root)}\n".encode() + file.read_bytes())
+    return found.hexdigest()[:12]
 
 
 def synchronise(device: str) -> None:

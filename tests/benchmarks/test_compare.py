@@ -15,12 +15,13 @@ from .checkpoint import SIZES, official_configs, official_tensors, random_tensor
 from .compare import Store, main, weight_bytes, write_whole
 from .contestants import adapter_folder
 from .jobs import STEPS, Job, make_jobs
-from .machine import PeakMemory, describe
+from .machine import MEASURED, PeakMemory, describe, digest
 from .report import (
     ALLOWANCE,
     BOUNDS,
     Results,
     agreement,
+    as_contestant,
     composed,
     difference,
     picture_table,
@@ -29,6 +30,8 @@ from .report import (
     stage_table,
 )
 from .worker import measure_stage
+
+pytestmark = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the benchmark is for Linux only")
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +105,18 @@ def test_checkpoint_of_other_sizes_and_results_of_another_machine_are_refused(fo
     (tmp_path / "results.json").write_text(json.dumps({"machine": {"cpu": "abacus"}, "figures": {}, "limits": {}}))
     with pytest.raises(ValueError, match="abacus"):
         Store.read(tmp_path / "results.json", describe("cpu"))
+
+
+def test_results_of_other_code_are_refused(tmp_path):
+    """Every change of a file of ours counts, and so does its name."""
+    found = set()
+    for folder in MEASURED:
+        (tmp_path / folder).mkdir(parents=True)
+        for name, text in (("a.py", "1"), ("a.py", "2"), ("b.py", "2")):
+            (tmp_path / folder / name).write_text(text)
+            found.add(digest(tmp_path))
+    assert len(found) == 9
+    assert describe("cpu")["code"] == digest(Path(__file__).parents[2])
 
 
 def interrupt(*arguments):
@@ -257,6 +272,30 @@ def test_failures_and_too_much_memory_are_named(tmp_path):
     assert judge(anonymous=ALLOWANCE + 1, in_place=False) == []
     assert "3 GB are allowed" in judge(anonymous=ALLOWANCE + 1)[0]
     assert "killed by signal 9" in judge(failed="killed by signal 9")[0]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "ours", "diffusers", "fp32", "words"),
+    [
+        ("bfloat16", 1.05, 1.0, None, None),
+        ("bfloat16", -1.0, 1.0, None, "from diffusers"),
+        ("bfloat16", 1.04, 1.03, 1.0, None),
+        ("bfloat16", 1.05, 1.03, 1.0, "from fp32"),
+        ("bfloat16", float("nan"), 1.0, 1.0, "from fp32"),
+        ("float32", 1.00001, 1.0, 1.0, None),
+        ("float32", 1.001, 1.0, 1.0, "from diffusers"),
+    ],
+)
+def test_wrong_outputs_of_stages_are_named(tmp_path, dtype, ours, diffusers, fp32, words):
+    job = Job("unet", "ours", dtype, "cpu", side=512)
+    figures = {}
+    for contestant, value in (("ours", ours), ("diffusers", diffusers), ("float32", fp32)):
+        if value is not None:
+            key = as_contestant(job, contestant).key
+            figures[key] = {"seconds": 1.0}
+            torch.save(torch.full((8,), value), tmp_path / f"{key}.pt")
+    wrong = problems(Results(figures, tmp_path, {}, {}, {}), [job], True)
+    assert [words in problem for problem in wrong] == [True] * (words is not None)
 
 
 def test_whole_picture_is_added_up_from_medians(tmp_path):

@@ -57,7 +57,7 @@ def measure_picture(job: Job, folder: Path) -> tuple[dict[str, float], Tensor]:
 def import_library(job: Job) -> None:
     """Imports what the job needs: seconds of importing are not seconds of loading."""
     if job.contestant == "ours":
-        import kolors_ref  # noqa: F401
+        from kolors_ref import KolorsPipeline
     else:
         from diffusers import AutoencoderKL, KolorsPipeline, UNet2DConditionModel  # noqa: F401
 

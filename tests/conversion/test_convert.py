@@ -50,6 +50,8 @@ def test_configs_survive_the_round_trip(shared_diffusers, shared_ours, tmp_path)
         theirs = json.loads((shared_diffusers / name / "config.json").read_text())
         ours = json.loads((tmp_path / "back" / name / "config.json").read_text())
         # Fields without effect are left out, and take the oracle's defaults again.
+        table = KEYMAPS[name].CONFIG
+        assert table.to_ours(ours, "ours") == table.to_ours(theirs, "theirs")
         different = {field for field in theirs if field[0] != "_" and field in ours and ours[field] != theirs[field]}
         assert different <= free
         assert len(ours) > len(KEYMAPS[name].CONFIG.ours)

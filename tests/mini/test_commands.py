@@ -17,6 +17,7 @@ from kolors_ref.mini.processes import Processes
 from kolors_ref.mini.prompts import mini_prompts
 from kolors_ref.mini.recipe import Recipe
 from kolors_ref.mini.reuse import reuse_stages
+from kolors_ref.mini.reward_tuning import UPDATES
 from kolors_ref.mini.train import Run, train_mini
 
 UNFINISHED = "unet-00000200.safetensors"
@@ -25,6 +26,8 @@ UNETS = ("unet", "unet-tuning", "unet-reward", "unet-reward-again")
 REWARDS = ("unet_reward", "unet_reward_again")
 DENOISED = ("unet.safetensors", "unet-tuning.safetensors")
 REST = ("vae-whole.safetensors", "vae-scale.json", "vae-decoder.safetensors", *LATENTS, *DENOISED)
+
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "kolors_ref.cli")
 
 
 def run(capsys, *arguments):
@@ -197,6 +200,22 @@ def test_the_unets_steps_can_be_chosen(capsys, monkeypatch):
     assert recipe == replace(Recipe(), **{stage: getattr(recipe, stage) for stage in stages})
 
 
+@pytest.mark.parametrize(("scale", "steps"), [(1.0, 7000), (0.01, 1000), (0.005, 500), (1.0, 50)])
+def test_no_checkpoint_is_taken_within_a_round_of_rewards(capsys, monkeypatch, scale, steps):
+    """There the pictures of the round are not known any more."""
+    recipes = []
+    monkeypatch.setattr(commands, "train_mini", lambda folder, recipe, *rest: recipes.append(recipe))
+    assert run(capsys, "train", "mini", "--scale", scale, "--unet-steps", steps)[0] == 0
+    for stage in REWARDS:
+        assert getattr(recipes[0], stage).save_every % UPDATES == 0
+
+
+def test_few_steps_reach_the_full_learning_rate():
+    for steps in (1, 50, 1000):
+        stage = Recipe().with_unet_steps(steps).unet
+        assert max(stage.decay_at(step) for step in range(steps)) > 0.8
+
+
 def test_evaluation_prints_and_writes(capsys, small_checkpoint, tmp_path):
     arguments = ("--model", small_checkpoint, "--limit", "1", "--steps", "1", "--language", "zh", "--device", "cpu")
     status, out, _ = run(capsys, "evaluate", *arguments, "--sampler", "euler", "-o", tmp_path / "scores")
@@ -235,19 +254,31 @@ def test_captions_are_chosen_alike_by_one_process_and_by_two(capsys, small_check
     status, out, _ = run(capsys, *arguments, tmp_path / "one")
     assert status == 0
     assert out.splitlines()[0].split() == ["fact", "short", "dense", "zh", "en", "all"]
-    torchrun = (
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node=2",
-        "-m",
-        "kolors_ref.cli",
-    )
-    subprocess.run([*torchrun, *arguments, tmp_path / "two"], check=True, capture_output=True)
+    subprocess.run([*TORCHRUN, *arguments, tmp_path / "two"], check=True, capture_output=True)
     reports = [(tmp_path / name / "captions.json").read_text(encoding="utf8") for name in ("one", "two")]
     assert reports[0] == reports[1]
     assert len(json.loads(reports[0])["results"]) == 38
+
+
+def test_pictures_are_drawn_alike_by_one_process_and_by_two(capsys, small_checkpoint, tmp_path):
+    arguments = ("--limit", "1", "--steps", "1", "--language", "zh", "--device", "cpu", "--batch-size", "5", "-o")
+    arguments = ("evaluate", "--model", small_checkpoint, *arguments)
+    assert run(capsys, *arguments, tmp_path / "one")[0] == 0
+    subprocess.run([*TORCHRUN, *arguments, tmp_path / "two"], check=True, capture_output=True)
+    reports = [json.loads((tmp_path / name / "report.json").read_text(encoding="utf8")) for name in ("one", "two")]
+    assert reports[0] == reports[1]
+    sheets = [Image.open(tmp_path / name / "sheet.png").tobytes() for name in ("one", "two")]
+    assert sheets[0] == sheets[1]
+
+
+def test_a_mistake_is_one_line_of_two_processes(tmp_path):
+    """Only the first looks for what is wrong with the folder; the other has nothing to say."""
+    arguments = ("train", "mini", "--device", "cpu", "--reuse", "no-such-run")
+    done = subprocess.run([*TORCHRUN, *arguments], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert done.stderr.count("kolors-ref: error: no-such-run holds no training run") == 1
+    assert "[rank" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(

@@ -40,9 +40,21 @@ def test_words_have_unit_variance_in_every_direction(parts):
     words, _, pooled = first.sample_embeddings(tokenizer, encoder, seed=0)
     seen = torch.cov(unet.text_proj(words).T)
     assert torch.linalg.eigvalsh(seen)[8:].sub(1).abs().max() < 0.2
-    matrix, mean = first.whitening(words)
-    torch.testing.assert_close((words @ matrix).mean(0), mean @ matrix, rtol=1e-3, atol=1e-3)
+    assert unet.text_proj(words).mean(0).abs().max() < 1e-3
     assert len(pooled) == first.CAPTIONS
+
+
+def test_pooled_embeddings_are_as_noise_to_the_size_embedding(parts):
+    """Of mean 0 and unit variance: what its first layer makes of them beside the bias that it had."""
+    tokenizer, encoder, unet = parts
+    _, _, pooled = first.sample_embeddings(tokenizer, encoder, seed=0)
+    torch.manual_seed(0)
+    LanguageModel(GLM)  # takes the numbers that come before those of the UNet in `parts`
+    before, layer, dim = UNet(UNET).size_embed[0], unet.size_embed[0], pooled.shape[1]
+    seen = pooled @ layer.weight[:, :dim].T + layer.bias - before.bias
+    assert seen.mean(0).abs().max() < 1e-3
+    variance = before.weight[:, :dim].square().sum(1).mean().item()
+    assert seen.var(0).mean().item() == pytest.approx(variance, rel=0.2)
 
 
 def test_a_pad_has_no_value_and_a_low_score(parts):

@@ -386,6 +386,13 @@ def test_what_a_killed_run_left_half_written_goes(short):
     assert not any(path.exists() for path in left)
 
 
+def test_a_run_that_is_under_way_is_left_alone(short):
+    """A second one would take its half-written files for those of a killed run."""
+    with train.held(short), pytest.raises(ValueError, match=r"a training is under way in .*; give another folder"):
+        train.train_mini(short, SHORT, HERE)
+    train.train_mini(short, SHORT, HERE)
+
+
 def test_a_damaged_checkpoint_is_passed_over_on_request(short, tmp_path):
     """In the middle of a stage of the real training: the one before it gives the same model in the end."""
     folder = tmp_path / "again"

@@ -10,7 +10,7 @@ import torch
 
 from kolors_ref.config import GLMConfig, ScheduleConfig, UNetConfig, VAEConfig
 from kolors_ref.mini import denoiser, language_model, recipe, train
-from kolors_ref.mini.autoencoder import CROP, AutoencoderLoss, picture_batches, whole_pictures
+from kolors_ref.mini.autoencoder import CROP, KL_WEIGHT, AutoencoderLoss, picture_batches, whole_pictures
 from kolors_ref.mini.claims import holds
 from kolors_ref.mini.data import example
 from kolors_ref.mini.denoiser import DenoisingLoss, Latents, cache_latents, denoising_batches, new_caption
@@ -261,7 +261,7 @@ def latents_of(count):
 
 
 @pytest.fixture(scope="module")
-def batches(tokenizer, small_model):
+def batches(tokenizer):
     encoder = seeded(LanguageModel, GLM).encoder
     return denoising_batches(latents_of(20), 0, False, 0.5, 1100, tokenizer, encoder)
 
@@ -313,7 +313,7 @@ def test_only_enlarged_pictures_are_told_to_be_small(batches):
         assert row == [64.0, 64.0, 0.0, 0.0, 128.0, 128.0] if small else row == [128.0, 128.0, 0.0, 0.0, 128.0, 128.0]
 
 
-def test_most_timesteps_are_in_the_middle_and_noise_is_of_unit_scale(tokenizer, small_model):
+def test_most_timesteps_are_in_the_middle_and_noise_is_of_unit_scale(tokenizer):
     """In every stretch of examples alike, and even within the middle and on either side of it."""
     encoder = seeded(LanguageModel, GLM).encoder
     _, noise, timestep, *_ = denoising_batches(latents_of(400), 0, False, 0.5, 1100, tokenizer, encoder)(range(400))
@@ -329,7 +329,7 @@ def test_most_timesteps_are_in_the_middle_and_noise_is_of_unit_scale(tokenizer, 
 
 
 @pytest.mark.parametrize("count", [Recipe().scenes, 20])
-def test_a_picture_meets_all_levels_of_noise(tokenizer, small_model, count):
+def test_a_picture_meets_all_levels_of_noise(tokenizer, count):
     """Some numbers of pictures, ours too, are nearly a fifth of something times the golden ratio."""
     cached = Latents(torch.zeros(1, 4, 16, 16).expand(count, -1, -1, -1), torch.zeros(count, dtype=torch.bool))
     batch = denoising_batches(cached, 0, False, 0.5, 1100, tokenizer, seeded(LanguageModel, GLM).encoder)
@@ -358,6 +358,32 @@ def test_captions_are_dropped_now_and_then_and_never_of_held_out_things(monkeypa
     assert not HELD_OUT_COLOURS & {(shape, colour) for shape, colour, _ in things}
     assert not HELD_OUT_TEXTURES & {(shape, texture) for shape, _, texture in things}
     assert len({(shape, colour) for shape, colour, _ in things if shape and colour}) == 81  # all of the others
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
+def test_the_share_of_dense_captions(monkeypatch, share):
+    dense = []
+    monkeypatch.setattr(denoiser, "choose_claim", lambda scene, rng, is_dense: dense.append(is_dense))
+    monkeypatch.setattr(denoiser, "word", lambda claim, rng, language: "a caption")
+    scene = example(0, 0).scene
+    for number in range(2000):
+        new_caption(scene, share, generator(3, number))
+    assert sum(dense) / len(dense) == pytest.approx(share, abs=0.03 if 0 < share < 1 else 0)
+
+
+def test_the_autoencoders_loss():
+    """The divergence is torch's own, of the latents before they are scaled."""
+    loss = seeded(AutoencoderLoss, VAE).eval()
+    generator = torch.Generator().manual_seed(0)
+    pixels, noise = torch.rand(2, 3, 32, 32, generator=generator) * 2 - 1, torch.randn(2, 4, 4, 4, generator=generator)
+    posterior = loss.vae.encode(pixels)
+    error = loss.vae.decode(posterior.sample(noise)) - pixels
+    scale = VAE.scaling_factor
+    found = torch.distributions.Normal(posterior.mean / scale, posterior.std / scale)
+    divergence = torch.distributions.kl_divergence(found, torch.distributions.Normal(0.0, 1.0)).mean()
+    assert divergence > 0.01
+    expected = error.abs().mean() + error.square().mean() + KL_WEIGHT * divergence
+    torch.testing.assert_close(loss(pixels, noise), expected, rtol=1e-6, atol=0)
 
 
 def test_some_pictures_are_enlarged_and_clean_ones_never(tmp_path, monkeypatch):

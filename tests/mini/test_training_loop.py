@@ -273,7 +273,7 @@ def test_learning_rates_rise_in_a_line_and_fall_as_a_cosine():
 
 def test_a_stage_made_shorter_keeps_its_rates():
     stage = Stage("any", 7000, 32, 1e-3, 2e-4).scaled(0.01)
-    assert (stage.steps, stage.warmup, stage.save_every) == (70, 1, 70)
+    assert (stage.steps, stage.warmup, stage.save_every) == (70, 1, 200)
     assert (stage.learning_rate, stage.final_learning_rate) == (1e-3, 2e-4)
     assert 1e-3 * stage.decay_at(35) == pytest.approx(6e-4)
 

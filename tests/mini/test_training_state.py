@@ -179,6 +179,14 @@ def test_there_is_no_other_to_go_back_to(tmp_path):
         load(tmp_path)
 
 
+def test_there_is_none_before_the_only_one(tmp_path):
+    """To begin anew without a word would be to throw away what was learnt."""
+    assert load(tmp_path, previous=True) is None
+    save(tmp_path, 10)
+    with pytest.raises(ValueError, match=r"no checkpoint before .*tiny-00000010\.safetensors; remove it to go on"):
+        load(tmp_path, previous=True)
+
+
 def test_any_byte_that_changed_is_noticed(tmp_path):
     """In the header as well: there the step and the settings stand, which the digest does not cover."""
     save_state(tmp_path, "tiny", TrainingState(10, SETTINGS, {"value": torch.tensor([1.0, 2.0])}))

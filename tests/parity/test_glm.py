@@ -153,4 +153,4 @@ def test_rotary_table_is_rounded_in_half_precision():
     exact, _ = official_embeddings(oracle.float(), tokens)
     rounding = relative_error(theirs, exact)
     assert 1e-3 < rounding < 5e-2
-    assert relative_error(text.sequence, theirs) < rounding
+    assert relative_error(text.sequence, theirs) < rounding / 2  # 0 where no product is taken in another order

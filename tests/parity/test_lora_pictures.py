@@ -58,13 +58,17 @@ def draw(pipeline, **arguments):
 
 @pytest.mark.parametrize("naming", ["first", "older", "kohya"])
 def test_namings(folder, oracle, naming):
-    """A file of each naming changes the picture as it changes diffusers', and not at all once unloaded."""
+    """A file of each naming changes the picture as it changes diffusers', and not at all once unloaded.
+
+    So strong an update makes the UNet sensitive: 1e-7 more of the first noise moves diffusers' own picture by 0.2 of 255.
+    From one in fp64 ours is 0.02 apart and diffusers' 0.14.
+    """
     ours = Ours.from_pretrained(folder / "model")
     before = draw(ours)
     oracle.load_lora_weights(folder / f"{naming}.safetensors")
     name = ours.load_lora(folder / f"{naming}.safetensors")
     changed = draw(ours)
-    assert_same_pictures(changed, draw(oracle))
+    assert_same_pictures(changed, draw(oracle), tolerance=0.5)
     assert np.abs(changed - before).max() > 10
     ours.unload_lora(name)
     np.testing.assert_array_equal(draw(ours), before)
@@ -102,7 +106,7 @@ def test_command_line_and_repeat(folder, oracle, tmp_path):
     ])  # fmt: skip
     assert status == 0
     ours = np.array(Image.open(tmp_path / "a.png"))
-    assert_same_pictures(ours.astype(float), (draw(oracle)[0]).round())
+    assert_same_pictures(ours.astype(float), draw(oracle)[0].round(), tolerance=1)  # of whole numbers
     assert main(["--repeat", str(tmp_path / "a.png"), "-o", str(tmp_path / "b.png")]) == 0
     np.testing.assert_array_equal(np.array(Image.open(tmp_path / "b.png")), ours)
     lora.write_bytes((folder / "second.safetensors").read_bytes())

@@ -97,11 +97,15 @@ def draw_both(oracle, ours, sampler="euler", scheduler=EulerDiscreteScheduler, s
     return ours(**arguments(), sampler=sampler) * 255, oracle(**arguments()).images * 255
 
 
-def assert_same_pictures(ours, theirs, spread=10.0):
-    """Every pixel within 1 of 255, on pictures that show something."""
+def assert_same_pictures(ours, theirs, tolerance=0.05):
+    """Every pixel within the tolerance, of 255, on pictures that show something.
+
+    Rounding alone gives MEASURED. A guidance of 5.01 for 5, or the UNet's input rounded to fp16, gives more than 0.05;
+    what is promised, one of 255, hides both.
+    """
     assert ours.shape == theirs.shape
-    assert theirs.std() > spread
-    assert np.abs(ours - theirs).max() <= 1.0
+    assert theirs.std() > 10
+    assert np.abs(ours - theirs).max() <= tolerance
 
 
 @pytest.mark.parametrize("request_name", REQUESTS)
@@ -359,7 +363,7 @@ def test_given_embeddings_are_repeated(ours):
     )
     pictures = make(prompt_embeds=ours.encode_prompt(["a boat", "猫"]))
     assert pictures.shape == (4, 64, 64, 3)
-    assert np.abs(pictures - make(prompt=["a boat", "猫"])).max() <= 1 / 255
+    assert np.abs(pictures - make(prompt=["a boat", "猫"])).max() <= 0.05 / 255
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -390,10 +394,10 @@ def test_command_line(oracle, folder, tmp_path, sampler):
     assert status == 0
     for i, image in enumerate(theirs):
         ours = np.array(Image.open(tmp_path / f"out-{i}.png")).astype(float)
-        assert_same_pictures(ours, np.array(image).astype(float))
+        assert_same_pictures(ours, np.array(image).astype(float), tolerance=1)  # of whole numbers
 
 
-def test_the_checkpoint_chooses_the_sampler(folder, tmp_path, oracle):
+def test_the_checkpoint_chooses_the_sampler(tmp_path, oracle):
     """A call that names no sampler uses the one of scheduler_config.json."""
     oracle.scheduler = DPMSolverMultistepScheduler.from_config(kolors_scheduler().config, use_karras_sigmas=True)
     oracle.save_pretrained(tmp_path / "dpm")
