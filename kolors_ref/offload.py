@@ -210,7 +210,9 @@ class PinnedStream:
         if unit.network is not self.network:
             self.make_room(unit.network)
         if unit.stays:
-            self.keep(unit)
+            if unit not in self.staying:
+                unit.arrive()
+                self.staying.append(unit)
             return
         if self.last is not None:
             self.last.following = unit
@@ -249,12 +251,6 @@ class PinnedStream:
         # What was computed last may still work on what was in this memory.
         self.copying.wait_stream(torch.cuda.current_stream(self.device))
         self.network = network
-
-    def keep(self, unit: Unit) -> None:
-        """Brings a unit that stays, unless it is there."""
-        if unit not in self.staying:
-            unit.arrive()
-            self.staying.append(unit)
 
     @torch.inference_mode(False)
     def fetch(self, unit: Unit) -> Slot:
@@ -305,10 +301,8 @@ def let_rest(
 ) -> None:
     """Gives a network without memory shadows for weights, and the hooks that bring the stored ones when it computes.
 
-    Args:
-        network: built on the meta device.
-        stored: its weights by name, mapped from a file.
-        dtype, device: to compute in, and where.
+    The network is built on the meta device; `stored` are its weights by name, mapped from a file, which are computed with
+    in `dtype` on `device`.
     """
     nan = torch.full((), math.nan, dtype=dtype, device=device)
     network.load_state_dict({name: nan.expand(tensor.shape) for name, tensor in stored.items()}, assign=True)

@@ -60,8 +60,8 @@ def draw(pipeline, **arguments):
 def test_namings(folder, oracle, naming):
     """A file of each naming changes the picture as it changes diffusers', and not at all once unloaded.
 
-    So strong an update makes the UNet sensitive: 1e-7 more of the first noise moves diffusers' own picture by 0.2 of 255.
-    From one in fp64 ours is 0.02 apart and diffusers' 0.14.
+    So strong an update makes the UNet sensitive: 1e-7 more of the first noise moves diffusers' own picture by 0.2, of
+    255. From one in fp64 ours is 0.02 apart and diffusers' 0.14.
     """
     ours = Ours.from_pretrained(folder / "model")
     before = draw(ours)
