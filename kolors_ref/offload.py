@@ -301,8 +301,7 @@ def let_rest(
 ) -> None:
     """Gives a network without memory shadows for weights, and the hooks that bring the stored ones when it computes.
 
-    The network is built on the meta device; `stored` are its weights by name, mapped from a file, which are computed with
-    in `dtype` on `device`.
+    The network is on the meta device; `stored` are its weights by name, mapped from a file; dtype is to compute in.
     """
     nan = torch.full((), math.nan, dtype=dtype, device=device)
     network.load_state_dict({name: nan.expand(tensor.shape) for name, tensor in stored.items()}, assign=True)
