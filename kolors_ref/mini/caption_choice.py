@@ -58,7 +58,7 @@ class Choice:
 def choices(per_fact: int) -> list[Choice]:
     """The first choices of every fact, length of caption and language: always the same ones.
 
-    A dense caption tells places, and so no direction.
+    A dense caption tells places, and so no direction. A choice's number, which its noise comes from, hangs on per_fact.
     """
     found = []
     for fact, dense in product(FACTS, (False, True)):

@@ -110,7 +110,7 @@ def randomise(module, seed=0):
         noise = torch.randn(parameter.shape, generator=generator)
         if parameter.ndim < 2:
             noise = 0.3 * noise + (1.0 if "norm" in name and name.endswith("weight") else 0.0)
-        elif "embeddings" not in name:
+        elif "embeddings" not in name or "patch" in name:
             noise = noise / parameter[0].numel() ** 0.5
         parameter.data.copy_(noise)
     return module.eval().requires_grad_(False)

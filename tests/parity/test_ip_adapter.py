@@ -8,6 +8,7 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.embeddings import IPAdapterPlusImageProjection
+from parity.oracle import relative_error
 from safetensors.torch import save_file
 from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig, CLIPVisionModelWithProjection
 
@@ -43,10 +44,6 @@ def randomise(module, seed=0):
     return module.eval()
 
 
-def error(actual, expected):
-    return ((actual - expected).norm() / expected.norm()).item()
-
-
 def diffusers_resampler(ours, config):
     """diffusers' resampler with the weights of ours."""
     oracle = IPAdapterPlusImageProjection(
@@ -80,7 +77,7 @@ def test_resampler(config, dtype, tolerance):
     hidden = torch.randn(3, 11, config.image_dim, generator=torch.Generator().manual_seed(1), dtype=dtype)
     tokens = ours(hidden)
     assert tokens.shape == (3, config.num_queries, config.output_dim)
-    assert error(tokens, oracle(hidden)) < tolerance
+    assert relative_error(tokens, oracle(hidden)) < tolerance
 
 
 @pytest.mark.skipif(
@@ -94,9 +91,9 @@ def test_the_official_resampler_in_bfloat16():
     oracle = diffusers_resampler(ours, config)
     hidden = torch.randn(1, 577, 1024, generator=torch.Generator().manual_seed(1))
     exact = oracle(hidden)
-    assert error(ours(hidden), exact) < 1e-5
-    theirs = error(oracle.bfloat16()(hidden.bfloat16()).float(), exact)
-    half = error(ours.bfloat16()(hidden.bfloat16()).float(), exact)
+    assert relative_error(ours(hidden), exact) < 1e-5
+    theirs = relative_error(oracle.bfloat16()(hidden.bfloat16()).float(), exact)
+    half = relative_error(ours.bfloat16()(hidden.bfloat16()).float(), exact)
     assert 1e-4 < half < 1.1 * theirs
 
 
@@ -111,7 +108,7 @@ def test_keys_and_values_of_every_layer():
         for projected, layer in zip(pair, (adapter.to_k[i], adapter.to_v[i]), strict=True):
             flat = projected.transpose(1, 2).flatten(2)
             assert projected.shape[1] == heads
-            assert error(flat, tokens @ layer.weight.T) < 1e-14
+            assert relative_error(flat, tokens @ layer.weight.T) < 1e-14
     with pytest.raises(ValueError, match="3 layers, but 2 numbers"):
         adapter.keys_values(tokens, [2, 4])
 
@@ -200,7 +197,7 @@ def test_the_official_file_as_diffusers_reads_it(tmp_path, suffix):
             module.register_forward_hook(lambda module, *_: ran.append(module.processor))
     hidden = torch.randn(1, 7, 40, dtype=torch.float64)
     tokens = unet.encoder_hid_proj([hidden[:, None]])[0][:, 0]
-    assert error(adapter.image_tokens(hidden), tokens) < 1e-10
+    assert relative_error(adapter.image_tokens(hidden), tokens) < 1e-10
 
     unet(
         torch.randn(1, 4, 8, 8, dtype=torch.float64),
@@ -371,7 +368,7 @@ def check_encoder(folder, oracle):
     oracle = oracle.double()
     oracle.set_attn_implementation("sdpa")
     expected = oracle(pixels, output_hidden_states=True).hidden_states[-2]
-    return error(model(pixels), expected) < 1e-10
+    return relative_error(model(pixels), expected) < 1e-10
 
 
 def test_the_image_encoder_from_its_folder(encoder, tmp_path):
