@@ -36,8 +36,6 @@ REPEATABLE = ("ip_adapter", "ip_image", "lora")
 """Arguments that may be given several times."""
 NEEDS = (("ip_image", "ip_adapter"), ("ip_adapter", "ip_image"), ("image_encoder", "ip_adapter"))
 """Arguments that do nothing without another."""
-
-
 OUT_OF_MEMORY = re.compile("out of memory|allocate memory|not enough memory")
 """What torch says of it on a GPU and on a CPU."""
 SMALLER = {
@@ -343,8 +341,8 @@ def check_inputs(options: argparse.Namespace) -> dict[str, str]:
     from .ip_adapter_file import encoder_folder
 
     inputs, files = {}, input_files(options)
-    encoders = [Path(options.image_encoder or encoder_folder(adapter)) for adapter in (options.ip_adapter or [])[:1]]
-    for file in files + encoders:  # which further adapters share
+    first = (options.ip_adapter or [])[:1]  # whose image encoder the others share
+    for file in files + [Path(options.image_encoder or encoder_folder(adapter)) for adapter in first]:
         if not file.exists():
             raise FileNotFoundError(f"{file}, which the picture is to be made with, does not exist")
     for file in files:
