@@ -222,19 +222,14 @@ def held(folder: Path) -> Iterator[None]:
         os.close(lock)  # as the system does when a process is killed
 
 
-def check_recipe(folder: Path, recipe: Recipe) -> None:
-    """Raises ValueError if the folder holds a run of another recipe."""
-    path = folder / "recipe.json"
-    if path.is_file() and read_json(path) != recipe.record():
-        raise ValueError(f"{folder} holds a run of another recipe; give another folder with --folder")
-
-
 def note_recipe(folder: Path, recipe: Recipe) -> None:
     """Writes a run's recipe into its folder, unless it is there; raises ValueError if another one is."""
-    check_recipe(folder, recipe)
-    if not (folder / "recipe.json").is_file():
-        with written(folder / "recipe.json") as beside:
+    path = folder / "recipe.json"
+    if not path.is_file():
+        with written(path) as beside:
             write_json(beside, recipe.record())
+    elif read_json(path) != recipe.record():
+        raise ValueError(f"{folder} holds a run of another recipe; give another folder with --folder")
 
 
 def check_shares(recipe: Recipe, here: Processes) -> None:

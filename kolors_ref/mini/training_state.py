@@ -89,13 +89,11 @@ def load_state(folder: Path, stage: str, settings: str, previous: bool = False) 
     Raises ValueError if it is damaged, was made with other settings, or is to be passed over and the only one.
     """
     files = state_files(folder, stage)
-    if previous and len(files) == 1:
-        raise ValueError(f"there is no checkpoint before {files[0]}; remove it to go on without it")
     if not files:
         return None
-    if previous:
-        files = files[:-1]
-    path = files[-1]
+    if previous and len(files) == 1:
+        raise ValueError(f"there is no checkpoint before {files[0]}; remove it to go on without it")
+    path = files[-2 if previous else -1]
     step = int(path.stem.removeprefix(f"{stage}-"))
     try:
         tensors, facts = read_tensors(path)

@@ -29,9 +29,8 @@ from . import flops, report
 from .checkpoint import SIZES, write_adapter, write_checkpoint
 from .contestants import adapter_folder
 from .jobs import CONTESTANTS, PARTS, STEPS, Job, make_jobs
-from .machine import describe, drop_from_cache, limits
+from .machine import ROOT, describe, drop_from_cache, limits
 
-ROOT = Path(__file__).resolve().parents[2]
 UNREAD = ("token_embed", "final_norm", "lm_head", "rope", "text_proj", "size_embed", "encoder", "quant_conv")
 """Weights that are looked up, used once a picture or used for other things: no part of what a timed call reads."""
 TOKENIZER = Path(os.environ.get("KOLORS_TOKENIZER", ROOT.parent / "shared" / "tokenizer" / "tokenizer.model"))
