@@ -1,4 +1,4 @@
-"""Checks of what a caller gives to the pipeline: each mistake is one sentence."""
+"""Checks of what a caller gives the pipeline: each error is one sentence."""
 
 from collections.abc import Container, Sequence
 from itertools import chain, count
@@ -16,7 +16,7 @@ MAX_SIDE = 8192
 
 LARGEST = torch.finfo(torch.float32).max
 MAX_IMAGES = 1024
-"""The most pictures of a prompt in one call: all of them are in memory at once."""
+"""The most pictures per prompt in one call: all of them are in memory at once."""
 MAX_TOKENS = 32768
 """The longest prompt: the positions that ChatGLM3 knows."""
 
@@ -49,7 +49,7 @@ def check_number(name: str, value: float, least: float = -LARGEST, most: float =
 
 
 def check_interval(name: str, value: tuple[float, float]) -> None:
-    """Raises unless value is a pair of shares, 0 <= start < end <= 1."""
+    """Raises unless value is a pair of fractions, 0 <= start < end <= 1."""
     if not isinstance(value, tuple | list) or len(value) != 2:
         raise TypeError(f"{name} must be a pair (start, end) of numbers from 0 to 1, not {value!r}")
     for bound in value:
@@ -59,7 +59,7 @@ def check_interval(name: str, value: tuple[float, float]) -> None:
 
 
 def check_side(name: str, value: int, multiple: int = 8) -> int:
-    """Raises unless value is a possible height or width of a picture, in pixels."""
+    """Gives value back; raises unless it is a possible height or width of a picture, in pixels."""
     check_count(name, value)
     if value % multiple:
         near = max(value // multiple, 1) * multiple
@@ -70,9 +70,9 @@ def check_side(name: str, value: int, multiple: int = 8) -> int:
 
 
 def check_size(name: str, value: Size) -> Size:
-    """Raises unless value is a pair of numbers of pixels."""
+    """Gives value as a tuple; raises unless it is a pair of numbers, in pixels."""
     if not isinstance(value, tuple | list) or len(value) != 2:
-        raise TypeError(f"{name} must be a pair of pixels, not {value!r}")
+        raise TypeError(f"{name} must be a pair of numbers in pixels, not {value!r}")
     for side in value:
         check_number(name, side)
     return tuple(value)
@@ -145,7 +145,7 @@ def check_embeddings(name: str, embeds: TextEmbeddings) -> None:
     if not embeds.sequence.numel():
         raise ValueError(f"{name} is empty; give at least one prompt")
     if not all(torch.isfinite(part).all() for part in (embeds.sequence, embeds.pooled)):
-        raise ValueError(f"{name} holds NaN or infinity; look at what it was computed with")
+        raise ValueError(f"{name} holds NaN or infinity; check what computed it")
 
 
 def check_generators(generator: Generators, count: int) -> None:
@@ -159,7 +159,7 @@ def check_generators(generator: Generators, count: int) -> None:
 
 
 def check_latents(latents: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Raises unless latents is a finite tensor of this shape."""
+    """Gives latents back; raises unless they are a finite tensor of this shape."""
     if not isinstance(latents, Tensor):
         raise TypeError(f"latents must be a tensor, not {type(latents).__name__}")
     if latents.shape != shape:

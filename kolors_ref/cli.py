@@ -25,10 +25,10 @@ ABOUT = 'Kolors: pictures from prompts in Chinese or English. kolors-ref "PROMPT
 MODEL_HELP = "a checkpoint's folder, or a hub id, with kolors-ref[hub] (default: the embedded miniature)"
 SAMPLER_HELP = "euler, heun, ddim, dpmpp-2m-karras, ...; a wrong name lists all (default: the checkpoint's)"
 GUIDANCE_HELP = "1 is no guidance (default: the checkpoint's, or 6.5)"
-UNET_STEPS_HELP = f"of concept learning (default: {Recipe().unet.steps}); later stages of the UNet in proportion"
+UNET_STEPS_HELP = f"of concept learning (default: {Recipe().unet.steps}); later stages of the UNet scale with it"
 OFFLOAD_HELP = "model: one network on the device at a time; stream: block by block (default: none, if memory allows)"
-OUTPUT_HELP = "for tables and pictures (default: %(default)s)"
-LIMIT_HELP = "prompts of a category, or choices about a fact, in each language (default: %(default)s)"
+OUTPUT_HELP = "folder for tables and pictures (default: %(default)s)"
+LIMIT_HELP = "prompts per category, or choices per fact, in each language (default: %(default)s)"
 DECODING_HELP = "tiled needs less memory above 1024 pixels, and is approximate (default: %(default)s)"
 UNRECORDED = ("command", "output", "repeat", "help")
 """Arguments that do not change the picture, and are not read from one."""
@@ -132,16 +132,16 @@ def build_parsers() -> tuple[Parser, Parser]:
     add("--model", default="mini", metavar="DIR", help=MODEL_HELP)
     add("--variant", help="files to take where a checkpoint has several, such as fp16")
     add("--unet", metavar="FILE", help="a UNet to put over the model's: a .safetensors file or a checkpoint")
-    add("--negative-prompt", default="", metavar="TEXT", help="what to lead away from")
+    add("--negative-prompt", default="", metavar="TEXT", help="what to steer away from")
     add("--height", type=int, help="in pixels, a multiple of 8 (default: the model's native size)")
     add("--width", type=int, help="in pixels, a multiple of 8 (default: the model's native size)")
     add("--steps", type=int, default=25, help="denoising steps (default: %(default)s)")
     add("--guidance-scale", type=float, help=GUIDANCE_HELP)
-    add("--guidance-interval", metavar="START,END", help="guide these shares of the steps only, such as 0.2,0.8")
+    add("--guidance-interval", metavar="START,END", help="guide only this range of the steps, such as 0.2,0.8")
     add("--sampler", metavar="NAME", help=SAMPLER_HELP)
     add("--seed", type=seed_number, metavar="N", help="of the noise (default: random, and printed)")
     add("--num-images", type=int, default=1, help="pictures of each prompt (default: %(default)s)")
-    add("--max-sequence-length", type=int, default=256, help="tokens of a prompt, more is cut (default: %(default)s)")
+    add("--max-sequence-length", type=int, default=256, help="tokens per prompt, rest is cut (default: %(default)s)")
     add("--image", type=Path, metavar="FILE", help="a picture to start from")
     add("--strength", type=float, default=0.8, help="how much of --image is redone, 0 to 1 (default: %(default)s)")
     add("--ip-adapter", action="append", metavar="FILE", help="an IP-Adapter-Plus, for image prompts; repeatable")
@@ -150,11 +150,11 @@ def build_parsers() -> tuple[Parser, Parser]:
         "--ip-image",
         action="append",
         metavar="FILE",
-        help="a reference picture; repeatable, one an adapter if several",
+        help="a reference picture; repeatable, one per adapter if there are several",
     )
     add("--ip-scale", type=float, default=1.0, help="weight of the reference pictures (default: %(default)s)")
     add("--lora", action="append", metavar="FILE[:SCALE]", help="a LoRA and its weight (default: 1); repeatable")
-    add("--dtype", choices=DTYPES, help="to compute in (default: the checkpoint's, or what the CPU is fast in)")
+    add("--dtype", choices=DTYPES, help="to compute in (default: the checkpoint's, or one that is fast on the CPU)")
     add("--device", default="cpu", help="such as cpu or cuda (default: %(default)s)")
     add("--offload", choices=("none", "model", "stream"), help=OFFLOAD_HELP)
     add("--decoding", choices=("whole", "tiled"), default="whole", help=DECODING_HELP)
@@ -168,11 +168,11 @@ def build_parsers() -> tuple[Parser, Parser]:
 
 def add_train(commands: "argparse._SubParsersAction[Parser]") -> None:
     """Adds the command `train`."""
-    about = "Train a miniature like the embedded one from nothing. Run again, it goes on where it stopped."
+    about = "Train a miniature like the embedded one from scratch. Run it again to resume where it stopped."
     add = commands.add_parser("train", help="train a miniature", description=about).add_argument
     add("what", choices=("mini",), help="the model to train")
-    add("--folder", type=Path, default=Path("mini-training"), help="for all that is written (default: %(default)s)")
-    add("--scale", type=positive, default=1.0, metavar="F", help="factor of all steps and data (default: %(default)s)")
+    add("--folder", type=Path, default=Path("mini-training"), help="for everything written (default: %(default)s)")
+    add("--scale", type=positive, default=1.0, metavar="F", help="scales all steps and data (default: %(default)s)")
     add("--unet-steps", type=counting, metavar="N", help=UNET_STEPS_HELP)
     add("--seed", type=seed_number, default=0, metavar="N", help="of weights, data and noise (default: %(default)s)")
     add(
@@ -181,7 +181,7 @@ def add_train(commands: "argparse._SubParsersAction[Parser]") -> None:
         choices=ABLATIONS,
         help="leave out or change a part to see its worth; repeatable",
     )
-    add("--reuse", metavar="DIR", help="take stages that do not change from another run's folder, or from mini")
+    add("--reuse", metavar="DIR", help="take unchanged stages from another run's folder, or from mini")
     add("--previous", action="store_true", help="go on from the last checkpoint but one")
     add("--device", help="cpu or cuda (default: cuda if there is one)")
 
@@ -194,7 +194,7 @@ def add_evaluate(commands: "argparse._SubParsersAction[Parser]") -> None:
     )
     add = commands.add_parser("evaluate", help="score a model", description=about).add_argument
     add("--model", default="mini", metavar="DIR", help=MODEL_HELP)
-    add("--captions", action="store_true", help="have it choose between captions; options of drawing do not count")
+    add("--captions", action="store_true", help="have it choose between captions; drawing options are ignored")
     add("--steps", type=int, default=25, help="denoising steps (default: %(default)s)")
     add("--guidance-scale", type=float, help=GUIDANCE_HELP)
     add("--sampler", metavar="NAME", help=SAMPLER_HELP)
@@ -202,7 +202,7 @@ def add_evaluate(commands: "argparse._SubParsersAction[Parser]") -> None:
     add("--language", choices=("zh", "en"), help="of the prompts (default: both)")
     add("--limit", type=counting, default=24, metavar="N", help=LIMIT_HELP)
     add("--batch-size", type=counting, default=16, metavar="N", help="pictures drawn together (default: %(default)s)")
-    add("--dtype", choices=DTYPES, help="to compute in (default: the checkpoint's, or what the CPU is fast in)")
+    add("--dtype", choices=DTYPES, help="to compute in (default: the checkpoint's, or one that is fast on the CPU)")
     add("--device", help="cpu or cuda (default: cuda if there is one)")
     add("-o", "--output", type=Path, default=Path("evaluation"), metavar="DIR", help=OUTPUT_HELP)
 
@@ -244,7 +244,7 @@ def generate(options: argparse.Namespace) -> None:
     seed = secrets.randbelow(2**32) if options.seed is None else options.seed
     output = options.output or Path(f"kolors-{seed}.png")
     if options.repeat and options.output is None and output.exists() and output.samefile(options.repeat):
-        raise ValueError(f"{output} would be overwritten, which is to be repeated; give another file with --output")
+        raise ValueError(f"{output} would be overwritten, but is to be repeated; give another file with --output")
     check_png(output)
 
     import torch
@@ -296,8 +296,8 @@ def generate(options: argparse.Namespace) -> None:
 
 
 def output_paths(options: argparse.Namespace, output: Path, count: int) -> dict[int, Path]:
-    """Gives the file of each wanted picture among `count`; ValueError if it is none of these, OSError where it cannot
-    be written."""
+    """Gives the file of each wanted picture among `count`; ValueError if none of these is wanted, OSError where a file
+    cannot be written."""
     wanted = [index for index in range(count) if options.index in (None, index)]
     if not wanted:
         raise ValueError(f"{options.repeat} is picture {options.index} of its run, but {count} are asked for")
@@ -327,14 +327,14 @@ def split_scale(lora: str) -> tuple[str, float]:
 
 
 def input_files(options: argparse.Namespace) -> list[Path]:
-    """Gives the files beside the model that a picture is made from."""
+    """Gives the files other than the model that a picture is made from."""
     loras = [split_scale(lora)[0] for lora in options.lora or []]
     files = (options.unet, options.image, *(options.ip_image or []), *(options.ip_adapter or []), *loras)
     return [Path(file) for file in files if file is not None]
 
 
 def check_inputs(options: argparse.Namespace) -> dict[str, str]:
-    """Gives the content hash of every such file.
+    """Gives the content hash of every file in `input_files`.
 
     Raises FileNotFoundError if one is missing, and ValueError if one changed since the picture to repeat was made.
     """

@@ -1,7 +1,7 @@
 """The sizes of every network and the numbers of the noise schedule; the official Kolors values are the defaults.
 
-A configuration is a frozen dataclass, and networks are built from these alone; what all of a kind have in common, such
-as the width of a feed-forward network, is in the file of the network.
+A configuration is a frozen dataclass, and networks are built from these alone; what all networks of a kind share, such
+as the width of the UNet's feed-forward layers, is in the network's file.
 """
 
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 class GLMConfig:
     """ChatGLM3-6B as a text encoder (GLM, Du et al. 2022; ChatGLM, GLM team 2024).
 
-    `max_positions` is what files say it was trained for: nothing is built from it.
+    `max_positions` is the length that files say it was trained for: nothing is built from it.
     """
 
     vocab_size: int = 65024
@@ -85,8 +85,8 @@ SDXL_SCHEDULE = ScheduleConfig(num_train_timesteps=1000, beta_end=0.012)
 class CLIPVisionConfig:
     """The image encoder of image prompts: CLIP's ViT-L/14 at 336 pixels (Radford et al. 2021, section 2.4).
 
-    `projection_dim` is the size of CLIP's own embedding of a picture: files carry its projection, image prompts do
-    without it.
+    `projection_dim` is the size of CLIP's own embedding of a picture: files carry that projection, but image prompts do
+    not use it.
     """
 
     width: int = 1024

@@ -18,11 +18,11 @@ OVERLAP = 32
 def without_overflow(vae: VAE, inputs: Iterable[Tensor], work: Callable[[VAE, Tensor], Tensor]) -> list[Tensor]:
     """Gives work(vae, x) for each of the inputs.
 
-    The first that is not finite in fp16, whose largest number is 65504, is computed once more in fp32, and those after
-    it in fp32 alone.
+    The first result that is not finite in fp16, whose largest number is 65504, is recomputed in fp32, and those after
+    it are computed in fp32 only.
 
     Args:
-        inputs: pixels or latents; they are brought to the autoencoder's device and number format.
+        inputs: pixels or latents; they are moved to the autoencoder's device and dtype.
         work: an encoding or a decoding.
     """
     results = []
@@ -31,7 +31,7 @@ def without_overflow(vae: VAE, inputs: Iterable[Tensor], work: Callable[[VAE, Te
         y = work(vae, x.to(weight))
         if weight.dtype == torch.float16 and not torch.isfinite(y).all():
             vae = deepcopy(vae).float()
-            torch.cuda.empty_cache()  # pieces of half the size would serve nothing now
+            torch.cuda.empty_cache()  # cached blocks of half the size are of no use now
             y = work(vae, x.to(weight.device, torch.float32))
         results.append(y)
     return results
@@ -40,8 +40,8 @@ def without_overflow(vae: VAE, inputs: Iterable[Tensor], work: Callable[[VAE, Te
 def decode_tiled(vae: VAE, latents: Tensor, tile: int = TILE, overlap: int = OVERLAP) -> Tensor:
     """Decodes latents (B, 4, h, w) to pictures (B, 3, 8 h, 8 w) in overlapping tiles, which are blended linearly.
 
-    An approximation where there are several tiles: group norm and attention see one tile at a time. The memory needed
-    beside the picture is that of one tile.
+    An approximation where there are several tiles: group norm and attention see one tile at a time. Apart from the
+    picture itself, only one tile's memory is needed.
 
     Args:
         tile, overlap: in latents, along a side.

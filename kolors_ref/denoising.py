@@ -17,15 +17,16 @@ from .sampling.protocol import DrawNoise
 class Denoising:
     """The denoising loop, ready to run: iterating over it removes the noise, one `Step` at a time.
 
-    Its length is the number of steps to run. It can be run several times; only the sampler's and the generator's noise
-    differs then. Keys and values of the text are in the contexts: a LoRA that comes or goes later counts for the rest
-    alone. Iterating records no gradients, but where a sampler turns them on; `predict` records them as any network
+    Its length is the number of steps to run. It can be run several times, which differ only in the noise that the
+    sampler draws. The text's keys and values are already in the contexts: a LoRA loaded or unloaded later affects only
+    the rest. Iterating records no gradients unless the sampler turns them on; `predict` records them as any network
     does. Iterating raises FloatingPointError if a step gives NaN or infinity.
 
     Attributes:
-        contexts: what calls of the UNet are conditioned on: one call for all pictures, or one for each.
+        contexts: what each call of the UNet is conditioned on: one call for all pictures, or one per picture.
+        plan: the sampler's steps; None if none is to be run.
         latents: where it starts, (B, 4, H/8, W/8).
-        guidance_scale: 1 for contexts with a row for each picture, more for two, those of negative prompts first.
+        guidance_scale: 1 if contexts have one row per picture, above 1 if two, those of the negative prompts first.
         guidance_interval: see `Request`.
     """
 

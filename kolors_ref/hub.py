@@ -1,4 +1,4 @@
-"""Checkpoints from the Hugging Face hub, which the extra `hub` brings along."""
+"""Checkpoints from the Hugging Face hub, for which the extra `hub` is needed."""
 
 from pathlib import Path
 
@@ -10,14 +10,14 @@ PLAIN = ("*.json", "*.model", "*.bin")
 
 
 def fetch(repository: str, variant: str | None) -> Path:
-    """Gives the folder of a repository's checkpoint, fetched unless that was done before: the files of one variant.
+    """Gives the folder of a repository's checkpoint, downloading the files of one variant unless they are cached.
 
     Args:
         repository: its id, "owner/name".
-        variant: such as "fp16"; None for the plain files, and where a network has none, for those in fp16 as well.
+        variant: such as "fp16"; None for the plain files, or for a network without any, its fp16 ones.
 
     Raises:
-        FileNotFoundError: the library is not installed, or did not get it.
+        FileNotFoundError: huggingface_hub is not installed, or could not get the files.
     """
     try:
         import huggingface_hub

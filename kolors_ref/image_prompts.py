@@ -1,7 +1,7 @@
-"""Image prompts: from reference pictures, scales and masks to what the UNet looks at beside the text.
+"""Image prompts: from reference pictures, scales and masks to what the UNet attends to besides the text.
 
-The method is IP-Adapter's (Ye et al. 2023). Nothing here depends on the timestep, so it runs once a call; its keys and
-values become a part of the `Context`.
+The method is IP-Adapter's (Ye et al. 2023). Nothing here depends on the timestep, so it runs once per call; its keys
+and values become part of the `Context`.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -43,10 +43,10 @@ class Adapter:
     encoder_folder: Path
 
     def encode(self, pictures: Pictures, guided: bool = True) -> Tensor:
-        """Encodes N pictures as (2, N, L, D), CLIP's view of nothing before that of the pictures.
+        """Encodes N pictures as (2, N, L, D): CLIP's output for "no picture" first, then that for the pictures.
 
-        Nothing is CLIP's input at zero, as in the adapter's training: a grey picture, and not features of zero. Where
-        there is no guidance nobody asks for it, and the result is (1, N, L, D).
+        "No picture" is an all-zero input to CLIP, as in the adapter's training: a grey picture, not zero features.
+        Without guidance it is not needed, and the result is (1, N, L, D).
         """
         pixels = clip_pixels(pictures, self.encoder.config.image_size).to(self.encoder.class_token.device)
         if not guided:
@@ -62,7 +62,7 @@ class Adapter:
 
 
 def load_adapter(path: str | Path, image_encoder: str | Path | None, unet: UNet, loaded: Sequence[Adapter]) -> Adapter:
-    """Loads an adapter in the UNet's number format and on its device.
+    """Loads an adapter in the UNet's dtype and on its device.
 
     Args:
         path: the official file, .bin or .safetensors.
@@ -163,7 +163,7 @@ def read_masks(mask: Any, height: int, width: int) -> list[Tensor]:
     """Gives masks as tensors (h, w) in [0, 1], 1 where a reference picture counts.
 
     Args:
-        mask: a Pillow image, which is brought to height and width, and black below middle grey and white from there on;
+        mask: a Pillow image, which is resized to height and width and binarised, middle grey and above being white;
             a tensor or array (h, w), (M, h, w) or (1, M, h, w) of booleans or floats in [0, 1], taken as it is; or a
             list of these.
         height, width: of the picture to be made; a tensor's h and w must be in the same proportion.
@@ -194,7 +194,7 @@ def read_masks(mask: Any, height: int, width: int) -> list[Tensor]:
 
 
 def layer_masks(mask: Tensor, unet: UNet, height: int, width: int) -> list[Tensor]:
-    """Brings a mask to the h x w pixels of every cross-attention, in order of execution: each (1, 1, h w, 1).
+    """Resizes a mask to the h x w pixels of every cross-attention, in order of execution: each (1, 1, h w, 1).
 
     height and width are those of the latents. Bicubic, so edges overshoot a little.
     """
@@ -225,9 +225,9 @@ def encode_pictures(adapters: Sequence[Adapter], pictures: Any, guided: bool = T
 def image_layers(
     adapters: Sequence[Adapter], request: Request, unet: UNet, height: int, width: int, factor: int
 ) -> list[tuple[KeyValue, ...]]:
-    """Computes what every cross-attention is to look at, negative branch first, and nothing where a scale is 0.
+    """Computes what every cross-attention is to attend to, negative branch first, and nothing where a scale is 0.
 
-    height and width are the picture's in pixels, of which a latent covers `factor` along a side.
+    height and width are the picture's, in pixels; each latent covers `factor` of them along a side.
 
     Raises:
         TypeError, ValueError: an argument is wrong, or there is no adapter for a reference picture.
@@ -263,7 +263,7 @@ def image_layers(
 def layer_weights(
     scale: float | Mapping[str, Any], mask: Tensor | None, unet: UNet, height: int, width: int
 ) -> list[float | Tensor | None]:
-    """Gives what a picture counts in every cross-attention: scale times mask; None for nothing at all."""
+    """Gives a picture's weight in every cross-attention: scale times mask, or None where the scale is 0."""
     scales = [number or None for number in layer_scales(scale, unet.config)]
     if mask is None:
         return scales
@@ -290,7 +290,7 @@ def _views(
 
 
 def _for_each(name: str, value: Any, count: int) -> list[Any]:
-    """Gives the entry of each of `count` adapters; all of the value is the entry of a single one."""
+    """Gives the entry of each of `count` adapters; for a single adapter the whole value is its entry."""
     if count == 0:
         raise ValueError(f"{name} is given, but no IP-Adapter is loaded; load one with load_ip_adapter")
     if value is None:

@@ -24,13 +24,13 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 """Mean and standard deviation of red, green and blue in CLIP's training pictures (Radford et al. 2021, code)."""
 
 ROUNDING = 1e-3
-"""How far a float picture may leave its range without being taken for one of another range."""
+"""How far a float picture may exceed its range before it is taken to be in another."""
 
 MAX_ASPECT = 500
-"""The longest picture, as long side over short side, that is scaled up to CLIP's size before the crop."""
+"""The largest ratio of long to short side of a picture that is resized to CLIP's size before the crop."""
 
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TGA", "TIFF", "WEBP")
-"""The formats that are read, in Pillow's names: others are seldom met, and EPS would be run as a program."""
+"""The formats that are read, in Pillow's names: others are rare, and EPS would be run as a program."""
 
 
 def load_image(path: str | os.PathLike) -> Image.Image:
@@ -56,9 +56,9 @@ def to_pixels(image: Pictures, height: int | None = None, width: int | None = No
     """Turn pictures into the autoencoder's input, a float tensor (N, 3, H, W) in [-1, 1].
 
     `image` is one of these, or a list of them:
-      - a Pillow image of any mode: turned upright, transparency laid over white, 16 bits reduced to 8;
-      - a numpy array (H, W), (H, W, 3) or (N, H, W, 3), uint8 or float in [0, 1];
-      - a torch tensor (3, H, W) or (N, 3, H, W), uint8 or float in [0, 1].
+      - a Pillow image of any mode but F: turned upright, transparency laid over white, 16 bits reduced to 8;
+      - a numpy array (H, W), (H, W, C) or (N, H, W, C), C 3 or 1, uint8 or float in [0, 1];
+      - a torch tensor (C, H, W) or (N, C, H, W), uint8 or float in [0, 1].
     Float pictures that go below 0 are taken to be in [-1, 1] already, all of a list together.
 
     All pictures are brought to (height, width); a size left out is the first picture's, cut down to a multiple of
@@ -101,9 +101,9 @@ def from_pixels(pixels: torch.Tensor, output_type: str = "pil") -> list[Image.Im
 def clip_pixels(images: Pictures, size: int = 336) -> torch.Tensor:
     """Turn pictures into CLIP's input, a float32 tensor (N, 3, size, size), standardised by channel.
 
-    The short side is resized to `size` (bicubic), the middle is cut out, and CLIP's mean and standard deviation are
-    taken away (Radford et al. 2021). Accepts and raises what `to_pixels` does; a picture more than 500 times longer
-    than wide is refused with a ValueError.
+    The short side is resized to `size` (bicubic), the centre is cropped, and the result is standardised with CLIP's
+    mean and standard deviation (Radford et al. 2021). Accepts and raises what `to_pixels` does; a picture whose long
+    side is more than 500 times its short side is refused with a ValueError.
     """
     crops = np.stack([_clip_crop(picture, size) for picture in _pictures(images)])
     scaled = crops.astype(np.float32) / 255

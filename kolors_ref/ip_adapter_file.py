@@ -25,10 +25,10 @@ from .models.ip_adapter import IPAdapter
 from .unfilled import unfilled
 
 HEAD_DIM = 64
-"""Channels of one head of the resampler: the one size that no shape tells; 64 in every published adapter."""
+"""Channels per head of the resampler: the one size that no shape reveals; 64 in every published adapter."""
 
 ASIDE = {"logit_scale", "vision_model.embeddings.position_ids"}
-"""What else a file of CLIP may hold without effect: the temperature of its training and the numbers 0 ... 576."""
+"""Other tensors that a CLIP file may hold, without effect: the training temperature and the position ids 0 ... 576."""
 
 
 def load_ip_adapter(
@@ -73,7 +73,7 @@ def read_ip_adapter(path: str | Path, unet: UNetConfig) -> tuple[IPAdapterConfig
 
 
 def encoder_folder(path: str | Path) -> Path:
-    """Where the image encoder of an IP-Adapter's file lies unless something else is said: beside it."""
+    """The default folder of the image encoder of an IP-Adapter's file: beside it."""
     return Path(path).parent.resolve() / "image_encoder"  # the file itself may be a link into a cache
 
 

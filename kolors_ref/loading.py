@@ -1,4 +1,4 @@
-"""Files to the parts of a pipeline: networks built without memory, then given the tensors mapped from the files."""
+"""From files to the parts of a pipeline: networks built on the meta device, then given tensors mapped from files."""
 
 import os
 import re
@@ -29,9 +29,9 @@ from .unfilled import unfilled
 
 NETWORKS = {"text_encoder": (GLMEncoder, GLMConfig), "unet": (UNet, UNetConfig), "vae": (VAE, VAEConfig)}
 MOST_KINDS = 64
-"""Graphs of the transformer block that are kept; a kind of call, such as another number of pictures, needs two."""
+"""Compiled graphs of the transformer block to keep; each kind of call, such as another batch size, needs two."""
 CONTAINER_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
-"""Where Linux says, in two versions, how many bytes of memory a container may take."""
+"""Where Linux says how many bytes of memory a container may use: cgroups v2, then v1."""
 EMBEDDED = "mini"
 """What the embedded miniature is called; a folder of that name is "./mini"."""
 WEIGHTS = Path(__file__).parent / "mini" / "weights"
@@ -108,8 +108,8 @@ def load_network(
 ) -> nn.Module:
     """Builds a network and gives it its tensors, in place in the mapped file where type and device allow it.
 
-    Only the weights of convolutions are copied, to be laid out channels-last: 0.7 GB of the official UNet in bf16. With
-    a carrier all stay in the file until they are used, and are looked at then.
+    Only convolution weights are copied, to be laid out channels-last: 0.7 GB of the official UNet in bf16. With a
+    carrier all weights stay in the file until they are used, and are checked then.
 
     Raises:
         ValueError: a tensor has the wrong shape or format, or holds NaN or infinity, or the config fits no network.
@@ -147,7 +147,7 @@ def load_network(
 
 
 def compile_blocks(unet: UNet) -> None:
-    """Has torch compile the transformer blocks, when they are first called; those of one size share their code."""
+    """Has torch compile the transformer blocks when they are first called; blocks of one size share compiled code."""
     torch._dynamo.config.skip_nnmodule_hook_guards = False  # a LoRA comes as hooks, and perhaps later
     limit = torch._dynamo.config.recompile_limit  # beyond 8 kinds of call nothing more would be compiled
     torch._dynamo.config.recompile_limit = max(limit, MOST_KINDS)
@@ -200,7 +200,7 @@ def over_base(checkpoint: Checkpoint, base: Network) -> Network:
 
 
 def default_dtype(unet: Network, device: torch.device) -> torch.dtype:
-    """The checkpoint's own type; on a CPU, for half precision, what it computes fast in."""
+    """The checkpoint's own dtype; for half precision on a CPU, the one that is fast there."""
     dtype = unet.tensors["conv_in.weight"].dtype
     return fast_dtype(device) if dtype.itemsize == 2 and device.type == "cpu" else dtype
 
@@ -215,7 +215,7 @@ def default_offload(networks: Mapping[str, Network], dtype: torch.dtype, device:
 
 
 def memory_allowed() -> int:
-    """Bytes of the machine's memory, or of the container's share of it."""
+    """Bytes of the machine's memory, or the container's limit if that is less."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     shares = [path.read_text().strip() for path in CONTAINER_LIMITS if path.is_file()]
     return min([memory, *(int(share) for share in shares if share.isdecimal())])
@@ -225,7 +225,7 @@ def check_device(device: torch.device | str) -> torch.device:
     """Raises ValueError for a device that does not exist here."""
     try:
         found = torch.empty(0, device=device)
-        found.tolist()  # a device without numbers, such as meta, cannot do that
+        found.tolist()  # a device without data, such as meta, cannot do that
     except (RuntimeError, AssertionError, ImportError) as error:
         raise ValueError(f"the device {str(device)!r} cannot be used here; 'cpu' always can") from error
     return found.device
@@ -235,7 +235,7 @@ def find_folder(path: str | Path, variant: str | None) -> Path:
     """Gives the folder of a checkpoint: "mini" is the embedded one, and the id of a hub repository is fetched.
 
     Raises:
-        FileNotFoundError: there is no such folder, and it is no id or the `hub` extra is not installed.
+        FileNotFoundError: a repository could not be fetched, or the `hub` extra is not installed.
     """
     if str(path) == EMBEDDED:
         return WEIGHTS

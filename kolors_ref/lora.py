@@ -1,8 +1,8 @@
-"""Low-rank updates of the UNet and the text encoder (LoRA, Hu et al. 2021), put on and taken off a network.
+"""Low-rank updates of the UNet and the text encoder (LoRA, Hu et al. 2021), attached to and detached from a network.
 
 An adapted layer keeps its weight: a forward hook adds `strength x up(down(x))` to its output, so the module tree, the
 names in the state dict and the weights are as they were. `fuse` adds the updates to the weights instead, which costs no
-time in the loop; `unfuse` puts the very same weights back. Files are read and written by `weights_conversion`.
+time in the loop; `unfuse` restores the original weights. Files are read and written by `weights_conversion`.
 """
 
 import math
@@ -34,10 +34,10 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Update:
-    """One low-rank update at work: as the file has it, its weight in the sum, and its matrices as the layer needs them.
+    """One low-rank update in use: as in the file, its factor in the sum, and its matrices as the layer needs them.
 
-    The hook computes in the layer's number format; fusing computes from the file's own numbers. Matrices that want a
-    gradient are cast anew in every call, so that it reaches them and what an optimizer does to them counts.
+    The hook computes in the layer's dtype; fusing computes from the file's own numbers. Matrices that require gradients
+    are cast again in every call, so that gradients reach them and an optimizer's changes take effect.
     """
 
     low_rank: LowRank
@@ -46,14 +46,14 @@ class Update:
     up: Tensor
 
     @property
-    def is_trained(self) -> bool:
+    def is_trainable(self) -> bool:
         """Whether its matrices may change from call to call."""
         return self.low_rank.down.requires_grad or self.low_rank.up.requires_grad
 
     def like(self, weight: Tensor) -> "Update":
-        """The update with its matrices in the number format and on the device of the layer's weight."""
+        """The update with its matrices in the dtype and on the device of the layer's weight."""
         fits = all(matrix.dtype == weight.dtype and matrix.device == weight.device for matrix in (self.down, self.up))
-        if fits and not self.is_trained:
+        if fits and not self.is_trainable:
             return self
         with torch.inference_mode(False):  # what is kept must serve a later call that records gradients
             down, up = (matrix.to(weight.device, weight.dtype) for matrix in (self.low_rank.down, self.low_rank.up))
@@ -69,7 +69,7 @@ class Adapter:
     """The updates of one layer by name, and the hook that adds them to the layer's output; it stands in `layer.lora`.
 
     While the updates are fused into the weight, `base` is the weight without them, kept in main memory, and the hook
-    rests.
+    does nothing.
     """
 
     def __init__(self, layer: nn.Linear | nn.Conv2d) -> None:
@@ -84,7 +84,7 @@ class Adapter:
         x = layer.enlarge(*inputs) if isinstance(layer, Upsample) else inputs[0]
         for name, kept in self.updates.items():
             update = kept.like(layer.weight)
-            if not update.is_trained:
+            if not update.is_trainable:
                 self.updates[name] = update
             if isinstance(layer, nn.Conv2d):
                 narrow = F.conv2d(x, update.down, stride=layer.stride, padding=layer.padding, dilation=layer.dilation)
@@ -121,19 +121,19 @@ def _adapted(network: nn.Module) -> Iterator[tuple[nn.Module, Adapter]]:
 
 
 def attach(network: nn.Module, updates: Mapping[str, LowRank], name: str, scale: float = 1.0) -> None:
-    """Puts low-rank updates on a network, beside those it has already; a fused network is fused again with them.
+    """Attaches low-rank updates to a network, beside those it already has; a fused network is fused again with them.
 
-    Matrices that want a gradient get it, and may be changed between calls; they are not among the network's parameters,
-    so an optimizer has to be given them. While the updates are fused, nothing reaches them.
+    Matrices that require gradients get them, and may be changed between calls; they are not among the network's
+    parameters, so an optimizer must be given them. While the updates are fused, no gradients reach them.
 
     Args:
         network: the UNet, the text encoder, or another with linear layers and plain convolutions.
         updates: the name of a layer in the network -> its update.
-        name: how the updates are called, for `detach`.
+        name: what to call the updates, for `detach`.
         scale: their weight, 1 as trained; it may be 0 or negative.
 
     Raises TypeError for a scale that is not a number. Raises ValueError, and leaves the network as it was, for a scale
-    that is not finite, a name in use and updates that do not fit the network: how many and the first one are said.
+    that is not finite, a name in use or updates that do not fit the network, saying how many and the first one.
     """
     _check_scale(scale)
     if name in attached(network):
@@ -147,13 +147,13 @@ def attach(network: nn.Module, updates: Mapping[str, LowRank], name: str, scale:
         if "lora" not in vars(layer):
             layer.lora = Adapter(layer)
         update = Update(low_rank, float(scale) * low_rank.strength, low_rank.down, low_rank.up)
-        layer.lora.updates[name] = update if update.is_trained else update.like(layer.weight)
+        layer.lora.updates[name] = update if update.is_trainable else update.like(layer.weight)
     if was_fused:
         fuse(network)
 
 
 def detach(network: nn.Module, name: str) -> None:
-    """Takes the updates of this name off a network; a fused network stays fused with the others.
+    """Removes the updates of this name from a network; a fused network stays fused with the others.
 
     Raises ValueError if there are none of this name.
     """
@@ -178,11 +178,11 @@ def attached(network: nn.Module) -> list[str]:
 
 
 def fuse(*networks: nn.Module) -> None:
-    """Adds the updates on these networks to their weights; what is fused already stays so.
+    """Adds the updates on these networks to their weights; what is already fused stays so.
 
-    The weights without the updates are kept in main memory (nothing new where they are mapped from a file).
+    The weights without the updates are kept in main memory (no extra memory where they are mapped from a file).
 
-    Raises ValueError if none of the networks has any updates, or the weights are not there to be changed (offload).
+    Raises ValueError if none of the networks has any updates, or the weights are offloaded.
     """
     if not any(attached(network) for network in networks):
         raise ValueError("There is no LoRA to fuse: load one first.")
@@ -248,7 +248,7 @@ def load(networks: Mapping[str, nn.Module], path: str | Path, scale: float = 1.0
         networks: "unet" and "text_encoder" -> the network.
         path: the file or its folder.
         scale: the weight of its updates, 1 as trained.
-        name: how it is called, for `unload`; if None the file's name without its suffix, numbered where that is in use.
+        name: what to call it, for `unload`; if None the file's name without its suffix, numbered if that is in use.
 
     Returns:
         Its name.

@@ -1,6 +1,6 @@
-"""Networks larger than the memory: their weights rest in the mapped file and visit the device when their turn comes.
+"""Networks larger than memory: their weights stay in the mapped file and visit the device when they are needed.
 
-Hooks around a network's blocks bring the weights and take them away, so the networks know nothing of it and compute the
+Hooks around a network's blocks bring the weights and take them away, so the networks are unaware of it and compute the
 same numbers. Between its visits a weight is a shadow: a tensor of the right shape, type and device without memory.
 """
 
@@ -18,15 +18,15 @@ from .models.unet import ResBlock, TransformerBlock, UNet
 
 MODES = ("none", "model", "stream")
 BLOCKS = (Layer, ResBlock, TransformerBlock)
-"""What is a unit of its own when a network streams; beside these, every layer is."""
+"""Modules that are units when a network streams; outside these, every layer is one."""
 Check = Callable[[str, Tensor], None]
 """Refuses the tensor of that name if it is damaged."""
 ALIGNMENT = 256
-"""Of a weight's first byte in a buffer: what kernels ask for at most."""
+"""In bytes, of each weight in a buffer: the most that any kernel asks for."""
 KEPT = 35 * 10**8
-"""Bytes of the UNet that a stream to CUDA lets stay, if twice as many are free: in fp16 three quarters of all."""
+"""Bytes of the UNet that a stream to CUDA lets stay, if twice as many are free: in fp16 two thirds of all."""
 SMALL = 10**7
-"""Bytes below which it costs more to begin a copy than to make it."""
+"""Bytes below which starting a copy costs more than the copy itself."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -39,8 +39,8 @@ class Weight:
     """A parameter that visits the device.
 
     Attributes:
-        stored: as the file has it, mapped.
-        absent: its shadow, which tells the type to compute in and where.
+        stored: the tensor mapped from the file.
+        absent: its shadow, which holds the dtype to compute in and the device.
     """
 
     name: str
@@ -55,7 +55,7 @@ class Weight:
 
     @property
     def num_bytes(self) -> int:
-        """On the device, up to where the next weight in a buffer may begin."""
+        """Its size on the device, rounded up to the alignment of the next weight in a buffer."""
         return math.ceil(self.stored.numel() * self.absent.element_size() / ALIGNMENT) * ALIGNMENT
 
 
@@ -64,8 +64,8 @@ class Unit:
 
     Attributes:
         network: all units of its network, in the order in which they were made.
-        following: the unit that probably has to come next.
-        stays: whether it stays on the device as long as its network is at work.
+        following: the unit expected to be needed next.
+        stays: whether it stays on the device while its network is at work.
     """
 
     def __init__(self, weights: list[Weight], check: Check) -> None:
@@ -80,14 +80,14 @@ class Unit:
         return sum(weight.num_bytes for weight in self.weights)
 
     def check_once(self) -> None:
-        """Reads the weights before their first visit, for those of a damaged file to be refused."""
+        """Checks the weights before their first visit, so that those of a damaged file are refused."""
         for weight in [] if self.checked else self.weights:
             self.check(weight.name, weight.stored)
         self.checked = True
 
     @torch.inference_mode(False)  # what stays may serve a later call that records gradients
     def arrive(self) -> None:
-        """Brings all weights or none; on a CPU those already in the right type and layout are used in place."""
+        """Brings all weights or none; on a CPU those already of the right dtype and layout are used in place."""
         self.check_once()
         try:
             for weight in self.weights:
@@ -113,23 +113,23 @@ class Carrier(Protocol):
     """What is told before and after a unit computes.
 
     Attributes:
-        capacity: bytes of a network's weights that may stay as long as it is at work.
+        capacity: bytes of a network's weights that may stay while it is at work.
     """
 
     capacity: int
 
     def before(self, unit: Unit) -> None:
-        """Sees to it that the unit's weights are there."""
+        """Makes sure that the unit's weights are there."""
 
     def after(self, unit: Unit) -> None:
         """The unit has computed."""
 
     def clear(self) -> None:
-        """Lets all weights leave that are still there."""
+        """Removes all weights that are still there."""
 
 
 class OneAtATime:
-    """A unit stays until another needs the place: for whole networks."""
+    """A unit stays until another needs its place: for whole networks."""
 
     capacity = 0
 
@@ -195,7 +195,7 @@ class Slot:
 
 
 class PinnedStream:
-    """As `Stream` for CUDA: some units stay; of the others, the next one is copied while the last computes."""
+    """`Stream` for CUDA: some units stay; of the others, the next one is copied while the current one computes."""
 
     def __init__(self, device: torch.device, capacity: int) -> None:
         self.capacity = capacity
@@ -260,8 +260,8 @@ class PinnedStream:
                 return slot
         slot = self.slots[0]
         slot.holds = None
-        slot.copied.synchronize()  # after a wrong guess the pinned twin is still read
-        slot.used.synchronize()  # the buffer too, as long as the last unit but one computes
+        slot.copied.synchronize()  # after a wrong guess the pinned twin is still being read
+        slot.used.synchronize()  # so is the buffer, while the unit before the last computes
         unit.check_once()
         for weight, view in zip(unit.weights, slot.views(slot.pinned, unit), strict=True):
             view.copy_(weight.stored)
@@ -278,7 +278,7 @@ class PinnedStream:
 
 
 def make_carrier(mode: str, device: torch.device) -> Carrier | None:
-    """Gives what moves the weights of all networks, None where they stay; ValueError for a mode that is not known."""
+    """Gives what moves the weights of all networks, or None if they stay; ValueError for an unknown mode."""
     if mode not in MODES:
         raise ValueError(f"offload is {mode!r}; it must be one of {', '.join(MODES)}")
     if mode == "none":
@@ -299,9 +299,10 @@ def let_rest(
     carrier: Carrier,
     check: Check,
 ) -> None:
-    """Gives a network without memory shadows for weights, and the hooks that bring the stored ones when it computes.
+    """Gives a network shadows in place of weights, and the hooks that bring the stored ones when it computes.
 
-    The network is on the meta device; `stored` are its weights by name, mapped from a file; dtype is to compute in.
+    The network is on the meta device; `stored` are its weights by name, mapped from a file; `dtype` is the one to
+    compute in.
     """
     nan = torch.full((), math.nan, dtype=dtype, device=device)
     network.load_state_dict({name: nan.expand(tensor.shape) for name, tensor in stored.items()}, assign=True)
@@ -323,7 +324,7 @@ def let_rest(
 
 
 def refuse_gradients(head: nn.Module, inputs: tuple, output: Tensor) -> None:
-    """RuntimeError if a gradient is wanted of what has computed: its weights may be gone when it is computed."""
+    """Raises RuntimeError if the output requires a gradient: the weights may be gone when that is computed."""
     if output.requires_grad:
         raise RuntimeError('gradients need weights that stay; load with offload="none"')
 
@@ -334,10 +335,10 @@ def is_away(parameter: nn.Parameter) -> bool:
 
 
 def let_stay(network: tuple[Unit, ...], once: set[Unit], capacity: int) -> None:
-    """Makes one network of units, and decides which of them stay once they are there: none that compute only once.
+    """Joins units into one network and decides which stay once they are there: none that compute only once.
 
-    Small ones do and those of convolutions, whose layout takes long to change; then every so-manieth of the rest, so
-    that there is always time to copy the next one that does not.
+    Small ones do, and those with convolutions, whose layout is slow to change; then as many of the rest as fit, spread
+    evenly, so that there is always time to copy the next one that does not.
     """
     size = lambda units: sum(unit.num_bytes for unit in units)
     rest = [unit for unit in network if unit not in once]
@@ -359,17 +360,17 @@ def let_stay(network: tuple[Unit, ...], once: set[Unit], capacity: int) -> None:
 
 
 def make_way(network: nn.Module, carrier: Carrier) -> None:
-    """Lets the weights that visit the device leave before a network computes that needs much memory."""
+    """Removes visiting weights from the device before a network that needs much memory computes."""
 
     def clear(network: nn.Module, inputs: tuple) -> None:
         carrier.clear()
-        torch.cuda.empty_cache()  # in pieces of the size of weights it would serve nothing else
+        torch.cuda.empty_cache()  # cached blocks the size of weights would be of no other use
 
     network.register_forward_pre_hook(clear)
 
 
 def computed_once(network: nn.Module) -> set[nn.Module]:
-    """Gives what computes once a picture: all of a text encoder, and of the UNet what `prepare` calls."""
+    """Gives the modules that compute once per picture: all of a text encoder; of the UNet what `prepare` calls."""
     if not isinstance(network, UNet):
         return set(network.modules())
     return {network.text_proj, *network.size_embed.modules(), *projections(network)}
@@ -384,7 +385,7 @@ def projections(network: nn.Module) -> set[nn.Module]:
 def parameters_by_unit(network: nn.Module) -> dict[nn.Module, dict[str, nn.Parameter]]:
     """Gives the parameters that the call of a block, or of a layer outside of blocks, needs, by their full names.
 
-    Each of the projections of cross-attentions to keys and values stands apart.
+    Each cross-attention projection to keys or values is a unit of its own.
     """
     apart = projections(network)
     units: dict[nn.Module, dict[str, nn.Parameter]] = {}

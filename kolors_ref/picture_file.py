@@ -46,7 +46,7 @@ def read_parameters(path: Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is no PNG file, or not one written by `save_picture`.
+        ValueError: it is not a PNG file, or not one written by `save_picture`.
     """
     if not path.is_file():
         raise FileNotFoundError(f"there is no picture {path} to repeat")

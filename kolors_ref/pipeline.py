@@ -1,4 +1,4 @@
-"""Text to pictures: the one place where tokenizer, networks, sampler and guidance meet."""
+"""From text to pictures: the one place where tokenizer, networks, sampler and guidance meet."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -32,11 +32,11 @@ BLACK = 1 / 255 - 1
 """The brightest pixel that becomes black when it is rounded to one of 256 values."""
 
 
-def is_apart(weight: Tensor) -> bool:
-    """Whether a network with such weights computes every picture or prompt of a call by itself.
+def computes_separately(weight: Tensor) -> bool:
+    """Whether a network with such weights computes every picture or prompt of a call separately.
 
-    It does in fp32 and fp64, the formats for comparing numbers: rounding then does not hang on what else is in the
-    call. Together is faster.
+    It does in fp32 and fp64, the dtypes for comparing numbers: rounding then does not depend on what else is in the
+    call. Batching is faster.
     """
     return weight.dtype in (torch.float32, torch.float64)
 
@@ -53,9 +53,9 @@ class KolorsPipeline:
     Attributes:
         tokenizer, text_encoder, unet, vae: the parts.
         schedule: the noise schedule of training.
-        sampler: what is used where a call names none: the one that the checkpoint's scheduler_config.json asks for.
+        sampler: used if a call names none: the one that the checkpoint's scheduler_config.json asks for.
         zero_empty_negative: whether negative_prompt=None stands for embeddings of zeros instead of for "".
-        guidance_scale: of classifier-free guidance where a call names none: the checkpoint's.
+        guidance_scale: of classifier-free guidance if a call gives none: the checkpoint's.
         offload: where the text encoder and the UNet are; see `from_pretrained`.
         ip_adapters: the IP-Adapters loaded, by name, in order of loading.
     """
@@ -88,13 +88,13 @@ class KolorsPipeline:
         offload: str | None = None,
         compile: bool = False,
     ) -> "KolorsPipeline":
-        """Loads a checkpoint; weights already in the wanted type stay in the memory-mapped file on a CPU.
+        """Loads a checkpoint; on a CPU, weights already of the wanted dtype stay in the memory-mapped file.
 
         Args:
-            path: a folder in the layout of Kolors-diffusers, of the Kolors team or of this project; or, with the `hub`
-                extra, the id of a hub repository.
-            dtype: the type to compute in; by default the checkpoint's, but for half precision on a CPU bfloat16 if it
-                has instructions for that, else float32.
+            path: a folder in the layout of Kolors-diffusers, of the Kolors team or of this project; "mini", the
+                embedded miniature; or, with the `hub` extra, the id of a hub repository.
+            dtype: the dtype to compute in; by default the checkpoint's, but a half-precision one becomes, on a CPU,
+                bfloat16 if there are instructions for it, else float32.
             device: "cpu", "cuda", ...
             variant: such as "fp16", to choose among the files of a folder that holds several.
             unet: a checkpoint or single file whose UNet replaces the folder's.
@@ -102,22 +102,22 @@ class KolorsPipeline:
                 device one at a time, while it works. "stream": in the file, and on the device block by block, for
                 machines whose memory holds neither; on CUDA up to 3.5 GB of the UNet stay while it works. Gradients
                 need "none". The pictures are the same; the autoencoder and the networks of image prompts are always on
-                the device. A weight of another type than dtype is cast every time. By default "none", but on a CPU
-                "stream" if the weights to cast would take more than half of the memory.
-            compile: whether torch compiles the UNet's transformer blocks while the first picture is made, for the next
-                ones to be faster; not with offload, and on a CPU a C++ compiler is needed. A LoRA that is not fused
-                compiles the blocks anew, for each rank in them.
+                the device. Weights of another dtype are cast every time. By default "none", but on a CPU "stream" if
+                the weights to cast would take more than half of the memory, unless `compile` is on.
+            compile: whether torch compiles the UNet's transformer blocks while the first picture is made, so that later
+                ones are faster; not with offload, and on a CPU a C++ compiler is needed. A LoRA that is not fused has
+                the blocks recompiled, once for each rank in them.
 
         Raises:
-            FileNotFoundError: a file or folder is missing.
+            FileNotFoundError, NotADirectoryError, OSError: a file or folder is missing, no checkpoint, or unreadable.
             ValueError: something in a file is damaged, does not fit, or asks for what is not supported; a damaged
-                weight that is offloaded is found when it is used first.
+                weight that is offloaded is found at its first use.
         """
         return cls(**vars(load_parts(path, dtype, device, variant, unet, offload, compile)))
 
     @property
     def dtype(self) -> torch.dtype:
-        """The type that the UNet computes in."""
+        """The dtype that the UNet computes in."""
         return self.unet.conv_in.weight.dtype
 
     @property
@@ -140,14 +140,14 @@ class KolorsPipeline:
 
     @torch.no_grad()
     def encode_packed(self, prompts: str | Sequence[str], max_sequence_length: int = MAX_LENGTH) -> TextEmbeddings:
-        """Encodes N prompts in as few passes as pay, every distinct prompt once and without repeating its pads.
+        """Encodes N prompts in as few passes as is efficient, each distinct prompt once, without repeating its pads.
 
-        Equal to `encode_prompt` in real arithmetic; see text_layout.py. Where pictures are computed apart, prompts are.
+        Equal to `encode_prompt` in real arithmetic; see text_layout.py. In fp32 and fp64 each prompt has its own pass.
         Raises TypeError and ValueError for what is no prompt.
         """
         prompts = as_prompts("prompts", prompts)
         distinct = list(dict.fromkeys(prompts))
-        most = 1 if is_apart(self.text_encoder.token_embed.weight) else MOST_TOKENS
+        most = 1 if computes_separately(self.text_encoder.token_embed.weight) else MOST_TOKENS
         passes = self.tokenizer(distinct, max_sequence_length).split(most)
         embeds = concatenate([packed_layout(tokens).encode(self.text_encoder) for tokens in passes])
         return embeds[[distinct.index(prompt) for prompt in prompts]]
@@ -160,8 +160,8 @@ class KolorsPipeline:
         Args:
             path: the official file, .bin or .safetensors.
             image_encoder: its folder; if None that of the adapter loaded last, or else `image_encoder` beside the file.
-            name: how it is called, for `unload_ip_adapter`; if None the file's name without its suffix, numbered where
-                that is in use.
+            name: what to call it, for `unload_ip_adapter`; if None the file's name without its suffix, numbered if that
+                is in use.
 
         Raises:
             FileNotFoundError: a file or folder is missing.
@@ -174,7 +174,7 @@ class KolorsPipeline:
         self.ip_adapters[name] = load_adapter(path, image_encoder, self.unet, list(self.ip_adapters.values()))
 
     def unload_ip_adapter(self, name: str | None = None) -> None:
-        """Forgets an IP-Adapter, or all of them if name is None; raises ValueError for a name that is not loaded."""
+        """Unloads an IP-Adapter, or all of them if name is None; raises ValueError for a name that is not loaded."""
         if name is not None and name not in self.ip_adapters:
             loaded = ", ".join(map(repr, self.ip_adapters)) or "none"
             raise ValueError(f"there is no IP-Adapter named {name!r}; loaded: {loaded}")
@@ -188,8 +188,8 @@ class KolorsPipeline:
             ip_adapter_image: as in `Request`.
 
         Returns:
-            For each IP-Adapter loaded (2, N, 577, 1024), CLIP's view of nothing before that of its N pictures; None
-            where it has no pictures.
+            For each IP-Adapter loaded (2, N, 577, 1024), CLIP's output for "no picture", then that for its N pictures;
+            None for an adapter without pictures.
 
         Raises:
             TypeError, ValueError: a picture cannot be used, or no IP-Adapter is loaded.
@@ -198,17 +198,17 @@ class KolorsPipeline:
         return encode_pictures(list(self.ip_adapters.values()), ip_adapter_image)
 
     def load_lora(self, path: str | Path, scale: float = 1.0, name: str | None = None) -> str:
-        """Puts a LoRA on the UNet and the text encoder and gives its name; arguments and errors are `lora.load`'s."""
+        """Loads a LoRA onto the UNet and text encoder and returns its name; arguments and errors are `lora.load`'s."""
         return lora.load(self._adaptable, path, scale, name)
 
     def unload_lora(self, name: str | None = None) -> None:
-        """Takes a LoRA off, or all of them if name is None; raises ValueError for a name that is not loaded."""
+        """Unloads a LoRA, or all of them if name is None; raises ValueError for a name that is not loaded."""
         lora.unload(self._adaptable, name)
 
     def fuse_lora(self) -> None:
-        """Adds all LoRAs into the weights, for speed; `unfuse_lora` restores these bit for bit.
+        """Fuses all LoRAs into the weights, for speed; `unfuse_lora` restores these bit for bit.
 
-        Raises ValueError if no LoRA is loaded, or the weights are not here to be changed (offload).
+        Raises ValueError if no LoRA is loaded, or the weights are offloaded.
         """
         if self.offload != "none":
             raise ValueError(f"a LoRA cannot be fused with offload={self.offload!r}; it works without being fused")
@@ -246,7 +246,7 @@ class KolorsPipeline:
     def denoise(self, *args: Any, **kwargs: Any) -> Denoising:
         """Encodes the conditions and draws the noise; the loop runs when the result is iterated over.
 
-        Weights, LoRAs and IP-Adapters have to be as they are wanted before.
+        Set up weights, LoRAs and IP-Adapters before this.
 
         Args:
             args, kwargs: the fields of `Request`: prompt, negative_prompt, height, width, ...
@@ -279,7 +279,7 @@ class KolorsPipeline:
         else:
             latents = draw_noise(shape, request.generator, self.device, self.dtype) * plan.initial_scale
 
-        # After the encoding of a picture, which needs the room that the UNet takes if its weights visit the device.
+        # Only after encoding a picture, which needs the memory that the UNet takes if its weights visit the device.
         contexts = self._contexts(text, sizes, images, request)
         noise_dtype = torch.promote_types(self.dtype, torch.float32)
         draw = lambda: draw_noise(shape, request.generator, self.device, noise_dtype)
@@ -295,7 +295,7 @@ class KolorsPipeline:
             latents: (N, 4, H/8, W/8).
             output_type: see `__call__`, also for errors.
             tiled: whether to decode pictures of more than 1024 pixels along a side in overlapping tiles, an
-                approximation that needs the memory of 1024 x 1024 pixels alone.
+                approximation that needs only the memory of 1024 x 1024 pixels.
         """
         check_output_type(output_type)
         if output_type == "latent":
@@ -349,7 +349,7 @@ class KolorsPipeline:
         return concatenate([negative, positive])
 
     def _given(self, embeds: TextEmbeddings) -> TextEmbeddings:
-        """Brings embeddings of the caller's to the UNet; ValueError for those of another text encoder."""
+        """Moves a caller's embeddings to the UNet's device and dtype; ValueError for those of another text encoder."""
         sizes = embeds.sequence.shape[2], embeds.pooled.shape[1]
         needed = self.unet.config.text_dim, self.unet.config.pooled_dim
         if sizes != needed:
@@ -365,9 +365,9 @@ class KolorsPipeline:
         """Prepares every prompt once for all of its pictures: one context for them all, or one for each picture."""
         prepare = lambda text, sizes: self.unet.prepare(text.sequence, text.pooled, sizes, text.key_bias)
         per_prompt = request.num_images_per_prompt
-        if not is_apart(self.unet.conv_in.weight):
+        if not computes_separately(self.unet.conv_in.weight):
             return [prepare(text, sizes).repeat(per_prompt).add(images)]
-        # Rows are copied and cut to length, for a product of matrices is rounded as they lie in memory.
+        # Rows are copied and trimmed, since how a matrix product is rounded depends on the memory layout.
         rows_of = lambda i, count: [i, count + i] if request.guided else [i]
         prompts = [rows_of(i, request.num_prompts) for i in range(request.num_prompts)]
         pictures = [rows_of(i, request.num_images) for i in range(request.num_images)]
@@ -379,11 +379,11 @@ class KolorsPipeline:
     ) -> tuple[Tensor, Plan | None]:
         """Encodes pixels (M, 3, H, W) and noises them to where the strength enters the plan; no plan if nowhere."""
         starts = request.starts(len(image))
-        # One draw for each picture given, or for each picture made where each has a generator of its own.
+        # One draw for each picture given, or for each picture to make if each has a generator of its own.
         own_generators = isinstance(request.generator, list | tuple) and len(request.generator) > 1
         rows = starts if own_generators else list(range(len(image)))
         weight = self.vae.quant_conv.weight
-        # The official pipeline encodes in fp32, and so draws this noise. On a CPU what is drawn in bf16 is the same.
+        # The official pipeline encodes, and draws this noise, in fp32. On a CPU noise drawn in bf16 is the same.
         dtype = torch.float32 if weight.dtype == torch.float16 else weight.dtype
         noise = draw_noise((len(rows), *shape[1:]), request.generator, weight.device, dtype)
         mean, std = torch.cat(without_overflow(self.vae, image.split(1), mean_and_std), dim=1)

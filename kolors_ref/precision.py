@@ -1,4 +1,4 @@
-"""The number format that a device computes fast in."""
+"""The dtype that is fast on a device."""
 
 import torch
 

@@ -34,24 +34,24 @@ class Request:
 
     Attributes:
         prompt: one prompt or a list of them.
-        negative_prompt: what to lead away from; one for all or one for each prompt. None stands for embeddings of zeros
-            or for "", as the checkpoint says.
+        negative_prompt: what to steer away from; one for all or one per prompt. None stands for embeddings of zeros or
+            for "", as the checkpoint says.
         height, width: in pixels, multiples of 8; the size the UNet was trained for if None.
-        num_inference_steps: of the sampler; not looked at if timesteps or sigmas are given.
+        num_inference_steps: of the sampler; ignored if timesteps or sigmas are given.
         guidance_scale: of classifier-free guidance; at 1 or below only the prompt's branch is computed. None is what
             the checkpoint asks for, 6.5 if it does not say.
         sampler: a name (see `sampling.SAMPLERS`) or an instance; the one that the checkpoint asks for if None.
         num_images_per_prompt: pictures of the same prompt come one after the other.
-        generator: one for all pictures, or a list with one for each.
+        generator: one for all pictures, or a list with one for each; None is torch's global generator.
         latents: unit noise (N, 4, H/8, W/8) to start from instead of drawing it.
-        image: pictures to start from (image-to-image): one for all, one for each prompt, or some that the prompts (or
-            the pictures to make, if there are too many for that) take in turn. They are resized to height and width,
-            and set the size where these are None.
-        strength: how much of an image is redone, from 0 (nothing) to 1 (from the first noise level of text-to-image).
+        image: pictures to start from (image-to-image): one for all, one per prompt, or a number that divides the
+            number of prompts (else of pictures to make), which then take them in turn. They are resized to height and
+            width, and set the size if these are None.
+        strength: how much of the image is redone, from 0 (nothing) to 1 (from the first noise level of text-to-image).
         ip_adapter_image: reference pictures, for all prompts. With one IP-Adapter loaded a picture or a list of them,
             which it sees all at once; with several a list with an entry for each, in order of loading: a picture, a
             list of them, or None.
-        ip_adapter_scale: what the reference pictures count, 1 as trained, 0 nothing: a number, or a dict with numbers
+        ip_adapter_scale: weight of the reference pictures, 1 as trained, 0 for none: a number, or a dict with numbers
             for parts of the UNet (see `image_prompts.layer_scales`); for all adapters, or a list with an entry for
             each. Where an adapter's pictures have masks, its entry may be a list with one for each picture.
         ip_adapter_mask: where in the picture each reference picture counts (see `image_prompts.read_masks`): for one
@@ -59,19 +59,19 @@ class Request:
         ip_adapter_embeds: what `encode_image` gave, in place of ip_adapter_image.
         original_size, crops_coords_top_left, target_size: (h, w) in pixels, conditions of the UNet (Podell et al. 2023,
             section 2.2); the sizes are height and width if None, and the native ones where these are None too. The
-            negative_ twins go to the negative branch, which has the same as the other if none of them is given; if one
-            is, a crop that is not is (0, 0).
+            negative_ ones are for the negative branch, which shares the positive ones if none of them is given; if any
+            is, an omitted crop is (0, 0).
         timesteps, sigmas: custom ones, in place of num_inference_steps, where the sampler takes them.
-        prompt_embeds, negative_prompt_embeds: embeddings in place of prompts, one row a prompt.
-        max_sequence_length: tokens of a prompt, prefix included; what is beyond is cut off.
-        guidance_interval: the steps to guide, from the first share of all steps on and before the second: (0.2, 0.8)
-            guides steps 5 to 19 of 25, counted from 0, and the others compute the prompt's branch alone. (The second
-            prediction of a step of Heun's counts as the next step's.) None is all of them. Limiting guidance to the
+        prompt_embeds, negative_prompt_embeds: embeddings in place of prompts, one row per prompt.
+        max_sequence_length: tokens per prompt, prefix included; the rest is cut off.
+        guidance_interval: the steps to guide, from the first fraction of all steps up to the second: (0.2, 0.8) guides
+            steps 5 to 19 of 25, counted from 0; the others compute only the prompt's branch. (The second prediction of
+            a Heun step counts as the next step's.) None is all of them. Limiting guidance to the
             middle can improve pictures (Kynkäänniemi et al. 2024, "Applying Guidance in a Limited Interval Improves
             Sample and Distribution Quality in Diffusion Models").
 
     Raises:
-        TypeError, ValueError: an argument is wrong, whatever the model.
+        TypeError, ValueError: an argument is wrong for any model.
     """
 
     prompt: str | Sequence[str] | None = None
@@ -132,7 +132,7 @@ class Request:
 
     @property
     def negative_prompts(self) -> list[str] | None:
-        """One negative prompt a prompt; None where there are none or embeddings are given instead."""
+        """One negative prompt per prompt; None where there are none or embeddings are given instead."""
         return check_negative_prompts(self.negative_prompt, self.negative_prompt_embeds, self.num_prompts)
 
     @property
@@ -151,15 +151,15 @@ class Request:
         return self.guidance_scale > 1
 
     def starts(self, given: int) -> list[int]:
-        """Gives, for every picture to make, the number of the picture that it starts from, of as many as are given.
+        """Gives, for every picture to make, the index of the picture that it starts from, among the `given` ones.
 
-        Pictures of the same prompt start from the same one, unless more are given than there are prompts.
+        Pictures of the same prompt start from the same one if `given` divides the number of prompts.
         """
         if self.num_prompts % given == 0:
             return [number // self.num_images_per_prompt % given for number in range(self.num_images)]
         if self.num_images % given == 0:
             return [number % given for number in range(self.num_images)]
-        raise ValueError(f"image holds {given} pictures, which {self.num_images} pictures to make cannot share out")
+        raise ValueError(f"image holds {given} pictures; that must divide the {self.num_images} pictures to make")
 
     def _check_image_prompts(self) -> None:
         if not isinstance(self.ip_adapter_scale, Mapping | list | tuple):

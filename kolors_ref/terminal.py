@@ -11,6 +11,6 @@ def one_line(message: object) -> str:
 
 
 def show_all_names() -> None:
-    """Has what the terminal's encoding lacks printed as escapes, in the place of an error."""
+    """Has characters that the terminal's encoding lacks printed as escapes, instead of raising an error."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")

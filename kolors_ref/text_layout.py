@@ -2,8 +2,8 @@
 
 Every pad of a prompt has the same id, the same position and the same (all-visible) attention row, so all of them stay
 equal through every layer. n equal keys weigh as much as one key with ln n added to its score: computing one pad instead
-of n is exact in real arithmetic, and to the last digits of the format in which ln n is added: in bf16 n pads can weigh
-1.6 % more or less. Only ids, positions and bias differ between the two layouts; the encoder is the same.
+of n is exact in real arithmetic, and otherwise as precise as the dtype in which ln n is added: in bf16 the weight of
+the pads can be off by 1.6 %. Only ids, positions and bias differ between the two layouts; the encoder is the same.
 """
 
 import math
@@ -22,7 +22,7 @@ KEY_MULTIPLE = 16
 
 
 MOST_TOKENS = 2048
-"""The tokens of one packed row: attention grows with the square of them, and soon takes longer than all else."""
+"""The most tokens in one packed row: attention grows with their square, and soon takes longer than all else."""
 
 
 @dataclass(frozen=True)
@@ -30,10 +30,10 @@ class TextEmbeddings:
     """What the UNet is conditioned on, for N prompts.
 
     Attributes:
-        sequence: (N, L, D), one embedding a key of the cross-attention.
+        sequence: (N, L, D), one embedding per key of the cross-attention.
         pooled: (N, D).
         key_bias: (N, L), added to the cross-attention scores; None stands for zeros (the official layout). In the
-            encoder's number format, but float32 at least.
+            encoder's dtype, but float32 at least.
     """
 
     sequence: Tensor
@@ -46,20 +46,20 @@ class TextEmbeddings:
         return TextEmbeddings(self.sequence[rows], self.pooled[rows], key_bias)
 
     def trimmed(self) -> "TextEmbeddings":
-        """Leaves out the first keys, those that none of the prompts sees: what `concatenate` filled up with."""
+        """Drops the leading keys that no prompt sees, with which `concatenate` padded."""
         if self.key_bias is None:
             return self
         first = int(self.key_bias.isfinite().any(0).int().argmax())
         return TextEmbeddings(self.sequence[:, first:].contiguous(), self.pooled, self.key_bias[:, first:].contiguous())
 
     def to(self, *args: torch.device | torch.dtype) -> "TextEmbeddings":
-        """Moves the embeddings to a device or casts them; the key bias keeps its number format."""
+        """Moves the embeddings to a device or casts them; the key bias keeps its dtype."""
         key_bias = None if self.key_bias is None else self.key_bias.to(self.sequence.to(*args).device)
         return TextEmbeddings(self.sequence.to(*args), self.pooled.to(*args), key_bias)
 
 
 def concatenate(parts: Sequence[TextEmbeddings]) -> TextEmbeddings:
-    """Joins embeddings of several groups of prompts; where some have fewer keys, keys that nobody sees fill up."""
+    """Joins embeddings of several groups of prompts; where some have fewer keys, masked keys are put in front."""
     length = max(part.sequence.shape[1] for part in parts)
     if all(part.key_bias is None and part.sequence.shape[1] == length for part in parts):
         key_bias = None
@@ -107,7 +107,7 @@ class TextLayout:
 
 
 def padded_layout(tokens: TokenBatch) -> TextLayout:
-    """Lays prompts out as the official pipeline does: one row a prompt, all its pads in it.
+    """Lays prompts out as the official pipeline does: one row per prompt, with all its pads.
 
     A token sees the tokens before it and no pad; a pad sees everything, later tokens and other pads included.
     """
@@ -130,8 +130,8 @@ def packed_layout(tokens: TokenBatch) -> TextLayout:
 
     There should not be many more than `MOST_TOKENS`; see `TokenBatch.split`.
 
-    The cross-attention wants the same number of keys L for every prompt. A prompt of fewer tokens fills up with p
-    copies of its pad, each of weight n / p; L is rounded up in this way too.
+    The cross-attention needs the same number of keys L for every prompt. A prompt of fewer tokens is filled up with p
+    copies of its pad, each of weight n / p; this also serves to round L up.
     """
     lengths = tokens.attention_mask.sum(1).tolist()
     pads = [tokens.input_ids.shape[1] - length for length in lengths]

@@ -1,4 +1,4 @@
-"""Prompts to token ids: ChatGLM3's SentencePiece pieces behind a two-token prefix, padded on the left."""
+"""From prompts to token ids: ChatGLM3's SentencePiece pieces behind a two-token prefix, padded on the left."""
 
 from dataclasses import dataclass
 from itertools import pairwise
@@ -38,7 +38,7 @@ class TokenBatch:
     position_ids: Tensor
 
     def split(self, most: int) -> list["TokenBatch"]:
-        """Cuts the batch into parts of as many prompts in a row as have at most so many tokens, and of one at least."""
+        """Splits the batch into runs of as many prompts as have at most `most` tokens together, and of one at least."""
         starts, held = [], 0
         for row, length in enumerate(self.attention_mask.sum(1).tolist()):
             if row == 0 or held + length > most:
@@ -52,7 +52,7 @@ class TokenBatch:
 class Tokenizer:
     """ChatGLM3's tokenizer over a SentencePiece model file.
 
-    A prompt is `[gMASK] sop` and its pieces. The text of a special token inside a prompt is ordinary text.
+    A prompt is `[gMASK] sop` and its pieces. The text of a special token inside a prompt is treated as ordinary text.
 
     Args:
         model_file: the checkpoint's tokenizer.model.

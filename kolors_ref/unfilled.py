@@ -1,4 +1,4 @@
-"""Networks built without memory, for the tensors of a file to fill."""
+"""Networks built without memory, to be filled with a file's tensors."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,13 +11,13 @@ from torch.overrides import TorchFunctionMode
 
 @contextmanager
 def unfilled() -> Iterator[None]:
-    """What is built here has shapes and number formats, but no numbers and no memory (the meta device)."""
+    """Modules built in this context have shapes and dtypes, but no data and no memory (the meta device)."""
     with torch.device("meta"), NoFirstWeights():
         yield
 
 
 class NoFirstWeights(TorchFunctionMode):
-    """Leaves out the drawing of first weights: torch would import its compiler for it, which takes seconds."""
+    """Skips weight initialisation, for which torch would import its compiler, which takes seconds."""
 
     def __torch_function__(self, function: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         """Calls a function of torch, but gives back the tensor that one of `torch.nn.init` would fill."""

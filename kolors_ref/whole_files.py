@@ -1,4 +1,4 @@
-"""Files that are whole or not there at all: written beside their names first, and renamed when on the disk."""
+"""Files that are whole or not there at all: written under temporary names, and renamed once they are on the disk."""
 
 import os
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ class Unwritten(OSError):
 
 @contextmanager
 def written(path: Path) -> Iterator[Path]:
-    """Gives a name to write a file under, and renames the file to `path` when it is whole and on the disk.
+    """Gives a temporary name to write a file under, and renames it to `path` once it is whole and on the disk.
 
     Raises `Unwritten`, with nothing left behind, if the disk is full or the folder is gone.
     """
@@ -36,7 +36,7 @@ def partial(path: Path) -> Path:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Removes what runs that were killed amidst writing left under names that are none."""
+    """Removes the partial files of runs that were killed while writing."""
     for path in folder.glob(".*.partial-*"):
         if path.name.rpartition("-")[2].isdecimal():
             path.unlink()

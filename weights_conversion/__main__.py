@@ -21,7 +21,7 @@ SHOWN = 10  # differences that verify spells out
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """A parser whose mistakes are one line on stderr and exit status 2."""
+    """A parser whose errors are one line on stderr and exit status 2."""
 
     def error(self, message: str) -> NoReturn:
         """Ends the program with the message."""
@@ -30,7 +30,7 @@ class OneLineParser(argparse.ArgumentParser):
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command; returns the exit status: 0 done or the same, 1 different, 2 a mistake, 130 interrupted."""
-    if isinstance(sys.stdout, io.TextIOWrapper):  # what the terminal's encoding lacks is no error
+    if isinstance(sys.stdout, io.TextIOWrapper):  # characters that the terminal's encoding lacks are no error
         sys.stdout.reconfigure(errors="backslashreplace")
     options = _parser().parse_args(arguments)
     progress = sys.stderr.isatty()
@@ -93,7 +93,7 @@ def _verify(first: Checkpoint, second: Checkpoint, progress: bool) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = OneLineParser(prog="python -m weights_conversion", description=ABOUT)
     commands = parser.add_subparsers(dest="command", required=True, metavar="inspect | convert | verify | lora")
-    command = commands.add_parser("inspect", help="say what a checkpoint is")
+    command = commands.add_parser("inspect", help="describe a checkpoint")
     command.add_argument("source", help="a checkpoint folder or a UNet file")
     command.add_argument("--variant", help="the files to take where there are several, such as fp16")
     command = commands.add_parser("convert", help="write a checkpoint in another layout")

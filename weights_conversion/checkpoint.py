@@ -22,7 +22,7 @@ from weights_conversion.keymaps.fields import read
 
 OUR_INDEX = "kolors-ref.json"
 GUIDANCE_ENTRY = "_guidance_scale"
-"""Where model_index.json keeps what diffusers has no place for: it passes over names that begin with a line."""
+"""Where model_index.json keeps what diffusers has no place for: it skips names that begin with an underscore."""
 PIPELINES = (
     "KolorsPipeline",
     "KolorsImg2ImgPipeline",
@@ -53,7 +53,7 @@ class Network:
 
     @property
     def dtypes(self) -> dict[str, torch.dtype]:
-        """Our name -> number format."""
+        """Our name -> dtype."""
         return {name: tensor.dtype for name, tensor in self.tensors.items()}
 
     @property
@@ -66,7 +66,7 @@ class Network:
 class Checkpoint:
     """An opened checkpoint: networks by component name, the scheduler's config, the tokenizer's file.
 
-    `guidance_scale` is what it asks to be sampled with; None if it does not say, as none does that diffusers wrote.
+    `guidance_scale` is what it asks to be sampled with; None if it does not say, as none written by diffusers does.
     """
 
     path: Path
@@ -167,10 +167,10 @@ def _read_flag(record: dict[str, Any], name: str, where: str) -> bool:
 
 
 def _check_index(index: dict[str, Any], where: Path) -> dict[str, str]:
-    """The components that a model_index.json lists and the class of each, after a look at it."""
+    """The components that a model_index.json lists and the class of each, once checked."""
     if index.get("_class_name") not in PIPELINES:
         raise ValueError(
-            f"{where}: the pipeline class {index.get('_class_name')!r} is not supported, KolorsPipeline is."
+            f"{where}: the pipeline class {index.get('_class_name')!r} is not supported, but KolorsPipeline is."
         )
     classes = {name: module.CONFIG.class_name for name, module in KEYMAPS.items()} | {"tokenizer": "ChatGLMTokenizer"}
     components = {}

@@ -12,7 +12,7 @@ from weights_conversion.keymaps import KEYMAPS
 
 
 def differences(first: Checkpoint, second: Checkpoint, progress: bool = False) -> Iterator[str]:
-    """One sentence for each difference in networks, sizes, names, shapes, number formats and bytes; nothing if equal.
+    """One sentence for each difference in networks, sizes, names, shapes, dtypes and bytes; nothing if equal.
 
     Tensors are compared byte by byte, as a stream: NaN equals the same NaN, and 0.0 differs from -0.0.
     """

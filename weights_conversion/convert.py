@@ -20,7 +20,7 @@ SHARD_BYTES = 5 * 10**9
 
 WRITTEN = {OUR_INDEX, "tokenizer.model", *(f"{name}.safetensors" for name in KEYMAPS)}
 WRITTEN |= {"model_index.json", "scheduler", "tokenizer", ".DS_Store", *KEYMAPS}
-"""What the two layouts have, and a checkpoint that is replaced may have."""
+"""The top-level names of both layouts, the only ones that a replaced checkpoint may have."""
 PARTS = re.compile(
     rf"({'|'.join(STEMS)})[.\w-]*(\.safetensors|\.bin)(\.index[.\w-]*\.json)?"
     r"|config\.json|configuration\.json|scheduler_config\.json|(special_)?tokenize\w*\.json|added_tokens\.json"
@@ -43,11 +43,10 @@ def convert(
     """Writes the checkpoint `source`, in any layout, to the folder `destination` in the layout `to`.
 
     to: "kolors-ref" or "diffusers". dtype: cast every floating-point tensor, the GLM's rotation frequencies included,
-    since the official text encoder rotates in their format. force: replace a checkpoint that stands there already.
-    Raises what open_checkpoint raises; ValueError for an incomplete source, a destination that is unsafe, or a number
-    that `dtype` is too narrow for;
-    FileExistsError, FileNotFoundError for a destination in the way, that holds something else as well, or without a
-    parent; OSError for a full disk.
+    since the official text encoder rotates in their format. force: replace a checkpoint that is already there.
+    Raises what open_checkpoint raises; ValueError for an unknown `to` or `dtype`, an incomplete source, an unsafe
+    destination, or a number that `dtype` is too narrow for; FileExistsError for a destination that is in the way or
+    also holds something else; FileNotFoundError for one without a parent folder; OSError for a full disk.
     """
     writers = {"kolors-ref": _write_kolors_ref, "diffusers": _write_diffusers}
     if to not in writers:

@@ -1,7 +1,7 @@
 """Weights files: found by name, opened lazily and safely, written as a stream.
 
-Reading maps a file into memory and copies nothing; a pickle is read with `weights_only=True` alone, so no code in it
-ever runs; an index may name files of its own folder only.
+Reading maps a file into memory and copies nothing; a pickle is read only with `weights_only=True`, so no code in it
+ever runs; an index may name only files in its own folder.
 """
 
 import json
@@ -28,10 +28,10 @@ DTYPE_NAMES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-"""The names of number formats in a safetensors header."""
+"""The names of dtypes in a safetensors header."""
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-"""The number formats that weights may have, and that can be computed in."""
+"""The dtypes that weights may have, and that can be computed in."""
 STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
 CHUNK = 1 << 24  # numbers that are cast, written or compared at a time
 
@@ -72,7 +72,7 @@ class SafetensorsFile(Mapping[str, Tensor]):
             raise KeyError(name)
         try:
             return self._file.get_tensor(name)
-        except (SafetensorError, RuntimeError) as error:  # such as data that is not aligned to its number format
+        except (SafetensorError, RuntimeError) as error:  # such as data that is not aligned to its dtype
             raise ValueError(
                 f"{self._path}: the tensor {name!r} cannot be read: {str(error).splitlines()[0]}."
             ) from None
@@ -139,7 +139,7 @@ def _is_dense(name: Any, tensor: Any) -> bool:
 def check_numbers(tensor: Tensor, what: str) -> None:
     """Raises ValueError unless every number is a finite float; reads the tensor once and allocates nothing.
 
-    A sum is finite only if all its terms are, and is taken as fast as memory is read; bounds decide if it overflows.
+    A sum is finite only if all its terms are, and takes no longer than reading them; bounds decide if it overflows.
     """
     if tensor.dtype not in FLOATS:
         raise ValueError(
@@ -152,7 +152,7 @@ def check_numbers(tensor: Tensor, what: str) -> None:
 def find_weights(folder: Path, variant: str | None) -> Path | None:
     """The weights file of a network's folder, or the index of its shards; None if there is none.
 
-    A variant such as "fp16" stands in the file names. Without one the plain files come first and fp16 ones second.
+    A variant such as "fp16" is part of the file names. Without one, plain files come first and fp16 ones second.
     """
     for tag in [f".{variant}"] if variant else ["", ".fp16"]:
         for kind in ("safetensors", "bin"):
@@ -211,7 +211,7 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 
 
 def dtype_in_file(tensor: Tensor, dtype: torch.dtype | None) -> torch.dtype:
-    """The number format to write a tensor in: floating-point tensors are cast to `dtype`, others are not."""
+    """The dtype to write a tensor in: floating-point tensors are cast to `dtype`, others are not."""
     return dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
 
 
@@ -238,7 +238,7 @@ def write_safetensors(
     dtype: torch.dtype | None = None,
     on_bytes: Callable[[int], Any] = lambda count: None,
 ) -> None:
-    """Writes a .safetensors file tensor by tensor, so that less than one is in memory beside the mapped source.
+    """Writes a .safetensors file piece by piece, with less than one tensor in memory besides the mapped source.
 
     Format: eight bytes with the header's length, the header (JSON, padded to a multiple of eight), the data.
     Floating-point tensors are cast to `dtype`; `on_bytes` is told about every piece written. Raises ValueError for a

@@ -24,7 +24,7 @@ METADATA = "lora_adapter_metadata"
 """Where the header of a safetensors file holds the settings of PEFT, each under `network.setting`, as JSON."""
 
 FILE_STEMS, SUFFIXES = ("pytorch_lora_weights", "adapter_model"), (".safetensors", ".bin")
-"""What the files of a LoRA's folder are called: diffusers' and PEFT's, of which a training of Kolors leaves both."""
+"""File names in a LoRA's folder: diffusers' and PEFT's; a training of Kolors leaves both."""
 NAME = re.compile(r"[\w.-]+")
 VARYING = re.compile(r"(?:[\w.|()^$-]|\\[.d]|\[[\d-]+\]|(?<=[\w.\]])[*+])*")
 """Patterns of layers: a name, and a regular expression whose groups are not repeated."""
@@ -32,7 +32,7 @@ MOST_REPEATS = 2
 SHOWN = 60
 """Characters of a wrong pattern that are shown."""
 MOVED_BASES = ("pissa", "olora", "corda", "loftq", "lora_ga")
-"""Ways of PEFT's to begin with the base's own weights, which are then no longer the base's."""
+"""PEFT initialisations that start from the base weights, and change these."""
 OTHER_KINDS = {"dora_scale": "DoRA", "lora_magnitude_vector": "DoRA", "lokr_": "LoKr", "hada_": "LoHa"}
 
 
@@ -78,8 +78,8 @@ def read_lora(path: str | Path) -> LoRA:
     UNet and one for the text encoder. A layer's alpha is the file's own; where there is none it comes from PEFT's
     settings, in the header or in the adapter_config.json of a folder that PEFT wrote; otherwise it is the rank.
 
-    Raises FileNotFoundError for a missing file; ValueError for one that is damaged, holds code, is no plain LoRA or
-    holds anything that has no place in Kolors: which and how many is said.
+    Raises FileNotFoundError for a missing file; ValueError for one that is damaged, holds code, is not a plain LoRA or
+    holds anything that has no place in Kolors, saying what and how many.
     """
     networks: dict[str, dict[str, LowRank]] = {}
     for file in _find_files(Path(path)):
@@ -173,7 +173,7 @@ def _settings(path: Path) -> dict[str, Any]:
 
 
 def _of_network(settings: dict[str, Any], network: str, path: Path) -> dict[str, Any]:
-    """The settings of one network, which a header tells apart by its name before each."""
+    """The settings of one network, which in a header are prefixed with its name."""
     prefix = f"{network}."
     own = {key.removeprefix(prefix): value for key, value in settings.items() if key.startswith(prefix)} or settings
     begun = own.get("init_lora_weights")
@@ -183,7 +183,7 @@ def _of_network(settings: dict[str, Any], network: str, path: Path) -> dict[str,
 
 
 def _alpha(settings: dict[str, Any], official: str, rank: int, path: Path) -> float:
-    """A layer's alpha by the settings of PEFT, whose patterns are for the end of a layer's name."""
+    """A layer's alpha by the settings of PEFT, whose patterns match the end of a layer's name."""
     alpha, patterns = settings.get("lora_alpha", rank), settings.get("alpha_pattern") or {}
     if not isinstance(patterns, dict):
         raise ValueError(f"{path}: alpha_pattern is {patterns!r}, and an object of names and numbers is needed.")
@@ -198,8 +198,8 @@ def _alpha(settings: dict[str, Any], official: str, rank: int, path: Path) -> fl
 def _fits(pattern: str, official: str, path: Path) -> bool:
     """Whether a pattern is for a layer: its whole name, or the end of it from a dot on.
 
-    PEFT's patterns are regular expressions. A file may come from anywhere, and some expressions take for ever; so what
-    is understood is a name, and one whose numbers or parts vary.
+    PEFT's patterns are regular expressions. A file may come from anywhere, and some expressions take for ever; so only
+    names are understood, and names whose numbers or parts vary.
     """
     if NAME.fullmatch(pattern):
         return f".{official}".endswith(f".{pattern}")
@@ -226,12 +226,12 @@ def save_lora(path: str | Path, lora: LoRA, naming: str = "peft", force: bool = 
     """Writes a LoRA as a .safetensors file: beside its place first, under its own name only once it is whole.
 
     naming: "peft" (alphas in the header, as diffusers writes and reads them), "diffusers" (its older names, which have
-    no place for an alpha: the strength is multiplied into `up`, rounded to its number format) or "kohya".
-    force: replace a file that stands there already.
+    no place for an alpha: the strength is multiplied into `up`, rounded to its dtype) or "kohya".
+    force: replace a file that is already there.
 
     Raises ValueError for an unknown naming, another suffix, an empty LoRA, a layer that Kolors does not have or a
-    strength that overflows in `up`;
-    FileExistsError, FileNotFoundError for a path that is taken or has no parent folder; OSError for a full disk.
+    strength that overflows in `up`; FileExistsError for a path that is taken; FileNotFoundError for one without a
+    parent folder; OSError for a full disk.
     """
     path = Path(path)
     if naming not in names.NAMINGS:

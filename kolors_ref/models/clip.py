@@ -16,7 +16,7 @@ class QuickGELU(nn.Module):
     """The sigmoid approximation of GELU (Hendrycks and Gimpel 2016, section 2) with which CLIP was trained."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps every number of x."""
+        """Applies it to x, elementwise."""
         return x * torch.sigmoid(1.702 * x)
 
 
@@ -39,7 +39,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Self-attention and a two-layer network, each normalised before and added after."""
+    """Pre-norm self-attention and a two-layer MLP, each with a residual connection."""
 
     def __init__(self, config: CLIPVisionConfig) -> None:
         super().__init__()
@@ -63,7 +63,7 @@ class CLIPVision(nn.Module):
     """Sees a picture as one class token and a grid of patches: 1 + 24 × 24 = 577 positions for the official sizes.
 
     Image prompts take the output of the last block but one, as `forward` gives it. CLIP's own embedding of the whole
-    picture, a norm and a projection of the class token behind the last block, is not needed and not held.
+    picture, a norm and a projection of the class token after the last block, is not needed and left out.
     """
 
     def __init__(self, config: CLIPVisionConfig) -> None:
@@ -91,7 +91,7 @@ class CLIPVision(nn.Module):
         return self.norm_pre(torch.cat([class_token, patches], dim=1) + self.pos_embed)
 
     def hidden_states(self, pixels: Tensor) -> list[Tensor]:
-        """Maps pixels (B, 3, S, S) to a list of layers + 1 times (B, L, D): the blocks' input, then every output."""
+        """Maps pixels (B, 3, S, S) to layers + 1 tensors (B, L, D): the first block's input, then every output."""
         states = [self.tokens(pixels)]
         for block in self.blocks:
             states.append(block(states[-1]))
@@ -100,7 +100,7 @@ class CLIPVision(nn.Module):
     def forward(self, pixels: Tensor, layer: int = -2) -> Tensor:
         """Maps pixels (B, 3, S, S), standardised by CLIP's mean and deviation, to `hidden_states(pixels)[layer]`.
 
-        Blocks behind the layer asked for are not computed. Raises ValueError for a layer that does not exist.
+        Blocks after that layer are not computed. Raises ValueError for a layer that does not exist.
         """
         depth = layer if layer >= 0 else len(self.blocks) + 1 + layer
         if not 0 <= depth <= len(self.blocks):

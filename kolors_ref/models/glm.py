@@ -31,9 +31,9 @@ class RMSNorm(nn.Module):
 
 
 def rotary_angles(position_ids: Tensor, dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Gives cosine and sine of every position's angles, each (B, 1, L, dim / 2) (RoFormer, Su et al. 2021).
+    """Gives the cosines and sines of every position's angles, each (B, 1, L, dim / 2) (RoFormer, Su et al. 2021).
 
-    The table is made in float32 and, for a half-precision model, rounded to its type: the official weights were
+    The table is made in float32 and, for a half-precision model, rounded to its dtype: the official weights were
     trained with the rounded table.
     """
     frequencies = 1.0 / 10000 ** (torch.arange(0, dim, 2, dtype=torch.float32, device=position_ids.device) / dim)
@@ -43,7 +43,7 @@ def rotary_angles(position_ids: Tensor, dim: int, dtype: torch.dtype) -> tuple[T
 
 
 def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-    """Turns interleaved pairs of the first half of each head; the second half carries no position.
+    """Rotates interleaved pairs of the first half of each head; the second half carries no position.
 
     Args:
         x: queries or keys, (B, H, L, C).
@@ -66,13 +66,13 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(config.hidden_size, sum(self.widths))
         self.out = nn.Linear(self.widths[0], config.hidden_size, bias=False)
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], bias: Tensor, queries: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], bias: Tensor, query_at: Tensor | None) -> Tensor:
         """See Layer.forward."""
         q, k, v = (rearrange(t, "b l (h c) -> b h l c", c=self.head_dim) for t in self.qkv(x).split(self.widths, -1))
         q, k = rotate(q, rotary), rotate(k, rotary)
-        if queries is not None:
-            q = q.take_along_dim(queries[:, None, :, None], dim=2)
-            bias = bias.take_along_dim(queries[:, None, :, None], dim=2)
+        if query_at is not None:
+            q = q.take_along_dim(query_at[:, None, :, None], dim=2)
+            bias = bias.take_along_dim(query_at[:, None, :, None], dim=2)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, enable_gqa=True)
         return self.out(rearrange(y, "b h l c -> b l (h c)"))
 
@@ -101,20 +101,20 @@ class Layer(nn.Module):
         self.norm2 = RMSNorm(config.hidden_size, config.norm_eps)
         self.ffn = FeedForward(config)
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], bias: Tensor, queries: Tensor | None = None) -> Tensor:
-        """Computes the layer, for the given query positions only if there are any.
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], bias: Tensor, query_at: Tensor | None = None) -> Tensor:
+        """Computes the layer, only at the query positions if these are given.
 
         Args:
             x: (B, L, D).
             rotary: cosine and sine of the positions.
             bias: (B, 1, L, L), added to the attention scores.
-            queries: positions (B, P) to compute; all of them if None.
+            query_at: (B, P), the positions to compute; all of them if None.
 
         Returns:
             (B, P, D), or (B, L, D) for all positions.
         """
-        attended = self.attn(self.norm1(x), rotary, bias, queries)
-        x = attended + (x if queries is None else x.take_along_dim(queries[..., None], dim=1))
+        attended = self.attn(self.norm1(x), rotary, bias, query_at)
+        x = attended + (x if query_at is None else x.take_along_dim(query_at[..., None], dim=1))
         return x + self.ffn(self.norm2(x))
 
 
@@ -124,7 +124,7 @@ class Layer(nn.Module):
 
 
 class GLMEncoder(nn.Module):
-    """ChatGLM3 read as an encoder: neither its final norm nor its output head is part of it."""
+    """ChatGLM3 used as an encoder, without its final norm and its output head."""
 
     def __init__(self, config: GLMConfig) -> None:
         super().__init__()
@@ -153,4 +153,4 @@ class GLMEncoder(nn.Module):
         bias = bias[:, None].to(x.dtype)
         for layer in self.layers[:-1]:
             x = layer(x, rotary, bias)
-        return x, self.layers[-1](x, rotary, bias, queries=pooled_at)
+        return x, self.layers[-1](x, rotary, bias, query_at=pooled_at)

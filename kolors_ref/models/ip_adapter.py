@@ -98,21 +98,21 @@ class IPAdapter(nn.Module):
         self.to_v = nn.ModuleList(nn.Linear(config.output_dim, c, bias=False) for c in config.channels)
 
     def image_tokens(self, clip_hidden: Tensor) -> Tensor:
-        """Maps CLIP's last hidden states but one (B, 577, 1024) to image tokens (B, 16, 2048) (official sizes)."""
+        """Maps CLIP's second-to-last hidden states (B, 577, 1024) to image tokens (B, 16, 2048) (official sizes)."""
         return self.resampler(clip_hidden.to(self.resampler.queries.dtype))
 
     def keys_values(self, image_tokens: Tensor, num_heads: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
         """Projects image tokens to a key and a value for every cross-attention of the UNet.
 
         Args:
-            image_tokens: (B, T, output_dim); several pictures at once are tokens one behind the other.
+            image_tokens: (B, T, output_dim); the tokens of several pictures are concatenated.
             num_heads: the number of heads of every cross-attention, down, middle, up.
 
         Returns:
             A list over the cross-attentions of (key, value), each (B, heads, T, head_dim).
 
         Raises:
-            ValueError: if num_heads is not as long as the adapter has layers.
+            ValueError: num_heads does not have one entry for each layer of the adapter.
         """
         if len(num_heads) != len(self.to_k):
             raise ValueError(

@@ -22,13 +22,13 @@ from ..config import UNetConfig
 
 
 class KeyValue(NamedTuple):
-    """Something a cross-attention looks at: H heads of keys and values for L positions.
+    """Something a cross-attention attends to: H heads of keys and values for L positions.
 
     Attributes:
         key, value: (B, H, L, C).
         bias: (B, 1, 1, L), added to the attention scores.
-        weight: what the attention's result counts in the sum over several: a number, or (B, 1, N, 1) over the N pixels;
-            1 if None.
+        weight: of the attention's result in the sum over several: a number, or (B, 1, N, 1) over the N pixels; 1 if
+            None.
     """
 
     key: Tensor
@@ -39,7 +39,7 @@ class KeyValue(NamedTuple):
 
 @dataclass(frozen=True)
 class Context:
-    """Everything the UNet is conditioned on but the timestep.
+    """Everything the UNet is conditioned on, except the timestep.
 
     Attributes:
         embedding: (B, 4 C) for C channels at the first level: pooled text and size conditioning, added to the
@@ -55,7 +55,7 @@ class Context:
         return replace(self, layers=tuple((*old, *new) for old, new in zip(self.layers, layers, strict=True)))
 
     def repeat(self, count: int) -> "Context":
-        """Repeats each row of the batch, for several pictures of the same; only before `add` brings shared rows."""
+        """Repeats each row of the batch, for several pictures of a prompt; only before `add` brings shared rows."""
         repeat = lambda part: part.repeat_interleave(count, dim=0) if isinstance(part, Tensor) else part
         layers = tuple(tuple(KeyValue(*map(repeat, seen)) for seen in layer) for layer in self.layers)
         return Context(repeat(self.embedding), layers)
@@ -90,7 +90,7 @@ def embedder(in_dim: int, dim: int) -> nn.Sequential:
 
 
 def normalise(norm: nn.GroupNorm, x: Tensor) -> Tensor:
-    """Group norm and SiLU, (B, C, h, w); in place unless a gradient is wanted, for fresh memory costs time."""
+    """Group norm and SiLU, (B, C, h, w); in place unless a gradient is required, since new memory costs time."""
     y = norm(x)
     return F.silu(y, inplace=not y.requires_grad)
 
@@ -115,10 +115,10 @@ class ResBlock(nn.Module):
 
 
 class Upsample(nn.Conv2d):
-    """Copies each pixel to 2 x 2 and convolves the result, in about 4/9 of the arithmetic that these words suggest.
+    """Copies each pixel to 2 x 2 and convolves the result, with about 4/9 of the arithmetic that this suggests.
 
-    A window of 3 x 3 there holds only 2 x 2 different pixels. Taps that meet copies of one pixel are added up first, in
-    another way for each of a pixel's four copies; then four convolutions of the small feature map, with 2 x 2 taps,
+    A 3 x 3 window there holds only 2 x 2 different pixels. Taps that meet copies of one pixel are summed first,
+    differently for each of a pixel's four copies; then four convolutions of the small feature map, with 2 x 2 taps,
     give the four interleaved parts of the large one (sub-pixel convolution, Shi et al. 2016).
     """
 
@@ -126,7 +126,7 @@ class Upsample(nn.Conv2d):
         super().__init__(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
-        """Maps x (B, C, h, w) to (B, C, 2h, 2w), or to another size: where a side is odd, it has one pixel less."""
+        """Maps x (B, C, h, w) to (B, C, 2h, 2w), or one pixel less along a side where `size` is odd."""
         if size != (2 * x.shape[2], 2 * x.shape[3]):
             return super().forward(self.enlarge(x, size))
         layout = torch.channels_last if x.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
@@ -141,7 +141,7 @@ class Upsample(nn.Conv2d):
         return y
 
     def enlarge(self, x: Tensor, size: tuple[int, int]) -> Tensor:
-        """Gives what is convolved, in words: x (B, C, h, w) with its pixels copied, (B, C, *size)."""
+        """Gives what is convolved in effect: x (B, C, h, w) with its pixels copied, (B, C, *size)."""
         return F.interpolate(x, size=size)
 
 
@@ -163,12 +163,12 @@ class Attention(nn.Module):
         self.out = nn.Linear(dim, dim)
 
     def keys_values(self, context: Tensor, bias: Tensor | None = None) -> KeyValue:
-        """Projects what is looked at, (B, L, D), to keys and values."""
+        """Projects what is attended to, (B, L, D), to keys and values."""
         k, v = (rearrange(proj(context), "b l (h c) -> b h l c", h=self.num_heads) for proj in (self.k, self.v))
         return KeyValue(k, v, bias)
 
     def forward(self, x: Tensor, context: Sequence[KeyValue]) -> Tensor:
-        """Lets x (B, N, C) look at each part of the context and adds up what it saw (IP-Adapter, eq. 5)."""
+        """Lets x (B, N, C) attend to each part of the context and sums the results (IP-Adapter, eq. 5)."""
         q = rearrange(self.q(x), "b n (h c) -> b h n c", h=self.num_heads)
         seen = []
         for key, value, bias, weight in context:
@@ -187,7 +187,7 @@ class GEGLU(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Self-attention, cross-attention and a feed-forward network, each normalised before and added after."""
+    """Pre-norm self-attention, cross-attention and a feed-forward network, each with a residual connection."""
 
     def __init__(self, dim: int, context_dim: int, num_heads: int) -> None:
         super().__init__()
@@ -199,7 +199,7 @@ class TransformerBlock(nn.Module):
         self.ff = nn.Sequential(nn.Linear(dim, 8 * dim), GEGLU(), nn.Linear(4 * dim, dim))
 
     def forward(self, x: Tensor, context: Sequence[KeyValue]) -> Tensor:
-        """Maps x (B, N, C) to (B, N, C), looking at context."""
+        """Maps x (B, N, C) to (B, N, C), attending to context."""
         y = self.norm1(x)
         x = self.self_attn(y, [self.self_attn.keys_values(y)]).add_(x)
         x = self.cross_attn(self.norm2(x), context).add_(x)
@@ -292,7 +292,7 @@ def up_levels(config: UNetConfig) -> Iterator[Level]:
 class UNet(nn.Module):
     """Predicts the noise in latents, given the timestep, the text and the sizes.
 
-    Where no gradient is wanted, what a layer gives is often added to in place: a hook that keeps it must clone it.
+    A layer's output is often modified in place: a hook that keeps it must clone it.
     """
 
     def __init__(self, config: UNetConfig) -> None:
@@ -322,9 +322,9 @@ class UNet(nn.Module):
             text: the text encoder's sequence embedding, (B, L, text_dim).
             pooled: its pooled embedding, (B, pooled_dim).
             sizes: (B, 6) in pixels: original height and width, top and left of the crop, target height and width
-                (Podell et al. 2023, section 2.2). Their sinusoids are of fp32 numbers; diffusers rounds them to the
-                type of the text before, to 1368 for 1366 in bf16.
-            key_bias: (B, L), added to every cross-attention's scores in the network's type; none if None.
+                (Podell et al. 2023, section 2.2). Their sinusoids are of fp32 numbers; diffusers first rounds these
+                to the dtype of the text: 1366 becomes 1368 in bf16.
+            key_bias: (B, L), added to every cross-attention's scores in the network's dtype; none if None.
         """
         dtype = self.conv_in.weight.dtype
         sizes = sinusoid(sizes, self.config.size_embed_dim).flatten(1)

@@ -16,7 +16,7 @@ from ..config import VAEConfig
 
 
 def memory_format(weight: Tensor) -> torch.memory_format:
-    """The layout to compute in: channels-last, which convolutions want, but not in fp32 on a CPU.
+    """The layout to compute in: channels-last, which convolutions prefer, but not in fp32 or fp64 on a CPU.
 
     There it gains nothing, and torch's group norm loses digits in it: 1e-4 of the result for a picture of 1024 x 1024.
     """
@@ -25,7 +25,7 @@ def memory_format(weight: Tensor) -> torch.memory_format:
 
 
 def normalise(norm: nn.GroupNorm, x: Tensor) -> Tensor:
-    """Group norm and SiLU, (B, C, h, w); in place unless a gradient is wanted, for a feature map can be 1 GB."""
+    """Group norm and SiLU, (B, C, h, w); in place unless a gradient is required, since a feature map can be 1 GB."""
     y = norm(x)
     return F.silu(y, inplace=not y.requires_grad)
 
@@ -48,7 +48,7 @@ class ResBlock(nn.Module):
 
 
 class Upsample(nn.Conv2d):
-    """Copies each pixel to 2 x 2 and convolves the result, in 4/9 of the arithmetic that these words suggest.
+    """Copies each pixel to 2 x 2 and convolves the result, with 4/9 of the arithmetic that this suggests.
 
     Both are linear, and together they are a transposed convolution of stride 2. Where a window of 3 x 3 holds several
     copies of a pixel, their taps are added up beforehand.
@@ -67,7 +67,7 @@ class Upsample(nn.Conv2d):
 
 
 def spread(taps: Tensor, dim: int) -> Tensor:
-    """Makes of three taps, of a window, the four with which a pixel counts in what is around its two copies."""
+    """Turns the three taps of a window into the four with which a pixel enters the outputs around its two copies."""
     before, here, after = taps.unbind(dim)
     return torch.stack([after, here + after, before + here, before], dim)
 
@@ -124,7 +124,7 @@ class Level(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Pictures to the mean and logarithmic variance of latents."""
+    """From pictures to the mean and log-variance of latents."""
 
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
@@ -151,7 +151,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latents to pictures."""
+    """From latents to pictures."""
 
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
@@ -204,9 +204,9 @@ class Posterior:
 
 
 class VAE(nn.Module):
-    """The autoencoder, with latents in the UNet's scale on the outside.
+    """The autoencoder; it takes and gives latents in the UNet's scale.
 
-    Where no gradient is wanted, what a layer gives is often added to in place: a hook that keeps it must clone it.
+    A layer's output is often modified in place: a hook that keeps it must clone it.
     """
 
     def __init__(self, config: VAEConfig) -> None:
@@ -218,7 +218,7 @@ class VAE(nn.Module):
         self.decoder = Decoder(config)
 
     def encode(self, pixels: Tensor) -> Posterior:
-        """Encodes pictures (B, 3, H, W) in [-1, 1]; of sides that are no multiples of 8, what is over is lost."""
+        """Encodes pictures (B, 3, H, W) in [-1, 1]; where a side is not a multiple of 8, the remainder is lost."""
         moments = self.quant_conv(self.encoder(self.laid_out(pixels)))
         mean, log_variance = moments.chunk(2, dim=1)
         std = torch.exp(0.5 * log_variance.clamp(-30.0, 20.0))

@@ -33,8 +33,8 @@ def dpm_update(
     """x carried from level `start` to level `end` by integrating a Taylor polynomial of the denoised picture.
 
     derivatives: D_k = h^k d^k x0 / d lam^k at `start`, one to three of them, h being the step in lam (proposition 4.1);
-    but see `backward_derivatives` for the D_2 that comes.
-    solver_type "heun" gives D_1 its exact weight, "midpoint" one equal to second order; beside a D_2 it is exact.
+    but see `backward_derivatives` for what D_2 really is.
+    solver_type: "heun" gives D_1 its exact weight, "midpoint" one equal to second order; with a D_2 it is exact anyway.
     With `noise` this is the step of the diffusion SDE (their SDE-DPM-Solver++), which forgets x twice as fast.
     """
     h = end.lam - start.lam
@@ -54,8 +54,8 @@ def dpm_update(
 def backward_derivatives(denoised: Sequence[Tensor], lams: Sequence[float], h: float) -> list[Tensor]:
     """The D_k of `dpm_update` at the newest of one to three pictures, newest first, at `lams`: divided differences.
 
-    D_2 is only half of h^2 d^2 x0 / d lam^2, as in the reference implementation, with whose numbers ours agree; so the
-    method of "third order" is of second order.
+    D_2 is only half of h^2 d^2 x0 / d lam^2, as in the reference implementation, whose numbers ours match; so the
+    "third-order" method is of second order.
     """
     derivatives = [denoised[0]]
     if len(denoised) > 1:
@@ -108,9 +108,9 @@ def multistep(
 class DPMSolverPP:
     """DPM-Solver++ multistep (Lu et al. 2022b): order 2 is "2M"; `stochastic` is the SDE variant, of order 1 or 2.
 
-    karras: the levels of `karras_sigmas` over the whole training range, at whole timesteps. solver_type: "midpoint" or
-    "heun", see `dpm_update`. lower_order_final: fall to order 2, then 1, at the end of runs below 15 steps;
-    euler_at_final: order 1 in the last step of any run. final_sigmas_type: "zero", or "sigma_min" of timestep 0.
+    karras: the levels of `karras_sigmas` over the whole training range, timesteps rounded. solver_type: "midpoint" or
+    "heun", see `dpm_update`. lower_order_final: drop to order 2, then 1, at the end of runs of fewer than 15 steps;
+    euler_at_final: order 1 in the last step of any run. final_sigmas_type: "zero", or "sigma_min", that of timestep 0.
     """
 
     order: int = 2
@@ -148,7 +148,7 @@ class DPMSolverPP:
 
 @dataclass(frozen=True)
 class DPMSolverPPSingle:
-    """DPM-Solver++(2S), singlestep (Lu et al. 2022b, algorithm 1), with one prediction to each timestep of the plan.
+    """DPM-Solver++(2S), singlestep (Lu et al. 2022b, algorithm 1), with one prediction per timestep of the plan.
 
     Steps go in pairs: a first-order one to an intermediate level, then a second-order one from where the pair started.
     The timesteps are spaced "linspace" whatever the schedule says, as diffusers' are.
@@ -216,7 +216,7 @@ class EDMDPMSolverPP:
         if not 0 < self.sigma_data < math.inf:
             raise ValueError(f"sigma_data is {self.sigma_data}, but must be a finite number above 0.")
         if not 1 <= self.rho < math.inf:
-            raise ValueError(f"rho is {self.rho}, but must be a finite number from 1.")
+            raise ValueError(f"rho is {self.rho}, but must be a finite number of at least 1.")
 
     def plan(
         self, schedule: NoiseSchedule, num_steps: int | None = None, timesteps: Values = None, sigmas: Values = None
@@ -267,7 +267,7 @@ def whole_plan(
 
 
 def check_settings(sampler: DPMSolverPP | EDMDPMSolverPP) -> None:
-    """ValueError for settings that name no DPM-Solver++."""
+    """Raises ValueError for settings that no DPM-Solver++ has."""
     check_choice("solver_type", sampler.solver_type, ("midpoint", "heun"))
     check_choice("final_sigmas_type", sampler.final_sigmas_type, ("zero", "sigma_min"))
     kind, orders = ("stochastic ", (1, 2)) if sampler.stochastic else ("", (1, 2, 3))

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 GUIDANCE_SCALE = 6.5
-"""What a checkpoint is guided with that does not say, as those of Kolors."""
+"""The scale for a checkpoint that does not give one, as Kolors' own do not."""
 
 
 def classifier_free_guidance(noise_pred: Tensor, scale: float) -> Tensor:
@@ -25,8 +25,8 @@ def is_guided(timestep: Tensor, timesteps: Tensor, interval: tuple[float, float]
 
     Args:
         timestep: (), where the prediction is made; a step of two predictions makes them at two timesteps.
-        timesteps: (n,), those of the plan, never rising; equal ones count as one.
-        interval: from the first share of them on, and before the second: (0, 1) is all of them.
+        timesteps: (n,), those of the plan, never rising; equal ones share a position.
+        interval: two fractions of them, the second excluded: (0, 1) is all of them.
     """
     start, end = interval
     return start <= (timesteps > timestep).sum().item() / len(timesteps) < end

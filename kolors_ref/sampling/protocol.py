@@ -11,7 +11,7 @@ from kolors_ref.sampling.schedule import NoiseSchedule, Plan
 Predict = Callable[[Tensor, Tensor], Tensor]
 """(model_input, timestep) -> noise_pred: latents scaled for the network (B, C, H, W), a timestep (), noise.
 
-It records gradients where they are turned on, for samplers that are guided by them.
+It records gradients where they are enabled, for gradient-guided samplers.
 """
 DrawNoise = Callable[[], Tensor]
 """() -> unit noise of the latents' shape."""
@@ -28,7 +28,7 @@ class Step:
     sigma is the ratio of noise to signal everywhere, but latents are scaled as the sampler has them: clean latents plus
     sigma times noise in the Euler family and EDM, that divided by sqrt(sigma^2 + 1) in the others. denoised is what
     latents would be without the noise that was predicted: decode it to see the picture so far. noise_pred is what the
-    network gave, and in EDM a part of that noise only. denoised is None if a sampler does not tell.
+    network gave, in EDM only a part of that noise. denoised is None if a sampler does not give it.
     """
 
     index: int

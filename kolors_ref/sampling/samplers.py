@@ -36,7 +36,7 @@ from kolors_ref.sampling.schedule import (
 class Euler:
     """Euler's method on dx/dsigma (Karras et al. 2022, algorithm 1 without its correction).
 
-    karras: the levels of `karras_sigmas` between the first and the last that the run would have without.
+    karras: use `karras_sigmas` between the first and last levels that the run would otherwise have.
     """
 
     karras: bool = False
@@ -95,7 +95,7 @@ class EulerAncestral:
         return edm_level(plan.first_sigma).mix(latents, noise)
 
     def run(self, predict: Predict, latents: Tensor, plan: Plan, draw_noise: DrawNoise) -> Iterator[Step]:
-        """See `Sampler.run`; draws noise once a step, after the prediction, the last step's being multiplied by 0."""
+        """See `Sampler.run`; draws noise once per step, after the prediction; the last step's is multiplied by 0."""
         x, sigmas = at_least_fp32(latents), plan.sigmas.tolist()
         for i in range(plan.begin, plan.num_steps):
             sigma, sigma_next = sigmas[i : i + 2]
@@ -109,7 +109,7 @@ class EulerAncestral:
 
 @dataclass(frozen=True)
 class Heun:
-    """Heun's second-order method (Karras et al. 2022, algorithm 1): two predictions a step, but one in the last."""
+    """Heun's second-order method (Karras et al. 2022, algorithm 1): two predictions per step, one in the last."""
 
     karras: bool = False
 
@@ -172,7 +172,7 @@ class DDIM:
     def __post_init__(self) -> None:
         check_choice("final_sigmas_type", self.final_sigmas_type, ("zero", "sigma_min"))
         if not 0 <= self.eta <= 1:
-            raise ValueError(f"DDIM's eta is {self.eta}, but must lie in 0 to 1.")
+            raise ValueError(f"DDIM's eta is {self.eta}, but must lie in [0, 1].")
 
     def plan(
         self, schedule: NoiseSchedule, num_steps: int | None = None, timesteps: Values = None, sigmas: Values = None

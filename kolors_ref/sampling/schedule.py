@@ -17,7 +17,7 @@ from torch import Tensor
 from kolors_ref.config import ScheduleConfig
 
 MOST_TIMESTEPS = 100_000
-"""The longest schedule: a table of its levels is in memory."""
+"""The longest schedule, since a table of its levels is kept in memory."""
 SPACINGS = ("leading", "linspace", "trailing")
 
 Ramp = TypeVar("Ramp", np.ndarray, Tensor)
@@ -88,8 +88,8 @@ def edm_level(sigma: float) -> Level:
 class NoiseSchedule:
     """The levels of noise the network was trained on: betas, alphas_cumprod and sigmas, each (T,) fp32, noisier with t.
 
-    Computed in fp32 throughout, because the network was trained on the fp32 table: doing better would do worse.
-    Raises ValueError, naming the field, for a configuration that is no schedule.
+    Computed in fp32 throughout, because the network was trained on the fp32 table: more precision would do worse.
+    Raises ValueError, naming the field, for a configuration that is not a schedule.
     """
 
     def __init__(self, config: ScheduleConfig) -> None:
@@ -129,7 +129,7 @@ class NoiseSchedule:
 
         `spacing` is the configuration's unless given. `with_end` divides the range into n steps rather than n points:
         the least noisy point is then the end of the last step and not itself visited ("trailing" is always so).
-        Raises ValueError if num_steps is no whole number, below 1, or more than the spacing can tell apart.
+        Raises ValueError if num_steps is not a whole number, below 1, or more than the spacing can tell apart.
         """
         self.check_num_steps(num_steps)
         n, total = num_steps, self.config.num_train_timesteps
@@ -180,13 +180,13 @@ def karras_sigmas(sigma_min: float, sigma_max: float, n: int, rho: float = 7.0) 
 
 
 def karras_levels(sigma_min: float, sigma_max: float, ramp: Ramp, rho: float) -> Ramp:
-    """The formula behind `karras_sigmas`, in the number format of `ramp` (n,), which runs from 0 to 1."""
+    """The formula behind `karras_sigmas`, in the dtype of `ramp` (n,), which runs from 0 to 1."""
     low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
     return (high + ramp * (low - high)) ** rho
 
 
 def as_numbers(name: str, values: Sequence[float]) -> np.ndarray:
-    """The values as fp64; ValueError, with the name, for what is no numbers."""
+    """The values as fp64; ValueError, with the name, if they are not numbers."""
     try:
         numbers = np.asarray(values)
         if numbers.dtype.kind in "US":

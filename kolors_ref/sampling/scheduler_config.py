@@ -1,7 +1,7 @@
 """A checkpoint's `scheduler_config.json`, in diffusers' terms, read into a schedule and a sampler.
 
 A missing field takes the default of the diffusers class that the file names, which is not always Kolors' value. A field
-that asks for mathematics not written here is refused; one that the named class does not read is ignored.
+that asks for mathematics not implemented here is refused; one that the named class does not read is ignored.
 """
 
 import math
@@ -37,7 +37,7 @@ PLAIN_DPM = {"thresholding": False, "use_flow_sigmas": False, "variance_type": N
 
 @dataclass(frozen=True)
 class SchedulerClass:
-    """How one class of diffusers is read: its defaults, what a field may only be, and our sampler for its fields."""
+    """How one diffusers class is read: its defaults, the only values that some fields may have, and our sampler."""
 
     defaults: Fields
     only: Fields
@@ -102,7 +102,7 @@ CLASSES = {
         },
         sampler=lambda fields: DPMSolverPPSingle(bool(fields["use_karras_sigmas"]), fields["solver_type"]),
     ),
-    # It has no betas; a file without them gets Kolors', which this sampler does not look at.
+    # It has no betas; a file without them gets Kolors', which this sampler does not use.
     "EDMDPMSolverMultistepScheduler": SchedulerClass(
         defaults={**asdict(ScheduleConfig()), **DPM, **EDM},
         only={"prediction_type": "epsilon", "thresholding": False, "sigma_schedule": "karras"},
