@@ -301,8 +301,7 @@ def let_rest(
 ) -> None:
     """Gives a network shadows in place of weights, and the hooks that bring the stored ones when it computes.
 
-    The network is on the meta device; `stored` are its weights by name, mapped from a file; `dtype` is the one to
-    compute in.
+    The network is on the meta device; `stored` are its weights by name, mapped from a file, cast to `dtype`.
     """
     nan = torch.full((), math.nan, dtype=dtype, device=device)
     network.load_state_dict({name: nan.expand(tensor.shape) for name, tensor in stored.items()}, assign=True)

@@ -17,7 +17,7 @@ def pytest_addoption(parser):
         "--dtype",
         default="float32",
         choices=["float64", "float32", "float16", "bfloat16"],
-        help="the number format to compare in (default: float32)",
+        help="the dtype to compare in (default: float32)",
     )
     group.addoption("--device", default="cpu", help="where to compute (default: cpu)")
 

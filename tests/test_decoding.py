@@ -44,7 +44,7 @@ def latents(*shape, seed=0):
 
 
 class Calls:
-    """Counts how often a method of an autoencoder is called, and in which number format."""
+    """Counts how often a method of an autoencoder is called, and in which dtype."""
 
     def __init__(self, monkeypatch, name):
         self.dtypes, method = [], getattr(VAE, name)

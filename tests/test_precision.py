@@ -1,4 +1,4 @@
-"""Which number format a device computes fast in, and who asks."""
+"""Which dtype a device computes fast in, and who asks."""
 
 import time
 

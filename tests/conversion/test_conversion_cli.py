@@ -23,7 +23,7 @@ def run(capsys, *arguments):
 
 
 def test_inspect(capsys, shared_kolors, pipeline):
-    """Layout, networks, parameters, number formats, sizes, tokenizer."""
+    """Layout, networks, parameters, dtypes, sizes, tokenizer."""
     status, out, err = run(capsys, "inspect", shared_kolors)
     assert (status, err) == (0, "")
     assert "layout kolors\n" in out

@@ -320,7 +320,7 @@ def test_one_bit_is_a_difference(shared_diffusers, ours_folder, edit_weights):
     ],
 )
 def test_differences_are_named(shared_ours, ours_folder, edit_weights, function, sentence):
-    """Missing tensors, number formats, shapes."""
+    """Missing tensors, dtypes, shapes."""
     edit_weights(ours_folder / "text_encoder.safetensors", function)
     (found,) = differences(open_checkpoint(shared_ours), open_checkpoint(ours_folder))
     assert sentence in found

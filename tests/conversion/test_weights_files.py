@@ -52,7 +52,7 @@ def test_written_files_are_read_by_the_library(tmp_path, monkeypatch, chunk):
 
 
 def test_bytes_are_those_of_the_library(tmp_path):
-    """For one number format the file is the same byte for byte."""
+    """For one dtype the file is the same byte for byte."""
     tensors = {name: torch.randn(3, index + 1) for index, name in enumerate(["z", "a.1", "a.10", "ä"])}
     write_safetensors(tmp_path / "ours", tensors)
     save_file(tensors, tmp_path / "theirs", metadata={"format": "pt"})

@@ -122,7 +122,7 @@ def oracle_network(name, config, seed=0):
 
 
 def twin(name, oracle, config):
-    """Our network with the oracle's weights, in its number format; built from the same official config."""
+    """Our network with the oracle's weights, in its dtype; built from the same official config."""
     model, config_class = OURS[name]
     table, fields = KEYMAPS[name].TABLE, KEYMAPS[name].CONFIG
     with torch.device("meta"):
@@ -133,7 +133,7 @@ def twin(name, oracle, config):
 
 
 def pair(name, config, dtype=torch.float64, seed=0):
-    """The oracle's network and ours, with the same random weights in the same number format."""
+    """The oracle's network and ours, with the same random weights in the same dtype."""
     oracle = oracle_network(name, config, seed).to(dtype)
     return oracle, twin(name, oracle, config)
 
@@ -147,7 +147,7 @@ def relative_error(ours, theirs):
 def assert_parity(ours, theirs, tolerance=None):
     """Both outputs are alike, and theirs is worth comparing: of one format and shape, neither tiny nor huge nor flat.
 
-    Without a tolerance that of the output's number format holds.
+    Without a tolerance that of the output's dtype holds.
     """
     assert ours.shape == theirs.shape
     assert ours.dtype == theirs.dtype
