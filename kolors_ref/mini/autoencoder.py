@@ -1,6 +1,6 @@
 """Stage three of training: the autoencoder, on crops at first, then on whole pictures (Rombach et al. 2022).
 
-At last the decoder learns alone to draw small things inside others, which are few, and of whose shape it made a dot.
+Finally the decoder alone is trained to draw small things inside others, which are rare and which it had drawn as dots.
 """
 
 from collections.abc import Callable, Iterator
@@ -18,13 +18,13 @@ from .scenes import generator, pick, sample_scene
 from .world import CANVAS, Scene, related
 
 KL_WEIGHT = 1e-4
-"""Of the divergence from a standard normal, the mean over latents, beside the mean error of pixels in [-1, 1]."""
+"""The weight of the KL divergence from N(0, 1), a mean over latents; the error is one over pixels in [-1, 1]."""
 CROP = 48
 """Pixels along one side of a crop: around a thing, since most of a picture is background and soon learnt."""
 NESTED = 0.5
-"""The share of pictures with a thing inside another that the decoder learns alone from."""
+"""The share of pictures that are given the nested layout when the decoder is trained alone."""
 NEAR, MARGIN = 12.0, 5.0
-"""What a pixel counts that is within so many pixels of a thing, where one far from all counts 1."""
+"""The loss weight of pixels within MARGIN pixels of a thing, where all others weigh 1."""
 
 
 class AutoencoderLoss(nn.Module):
@@ -103,7 +103,7 @@ def decoder_batches(seed: int, vae: VAE, here: Processes) -> Callable[[range], t
 
 
 def nearness(scene: Scene) -> Tensor:
-    """What each pixel of a picture counts, (1, 128, 128), 1 in the mean: more near a thing, if nothing is inside it."""
+    """The loss weight of each pixel, (1, 128, 128), with mean 1: higher near a thing, unless it has another inside."""
     weight, axis = torch.ones(1, CANVAS, CANVAS), torch.arange(CANVAS) + 0.5
     for thing in scene.things:
         if not any(related(other, "inside", thing) for other in scene.things if other is not thing):

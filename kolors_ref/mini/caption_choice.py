@@ -56,9 +56,9 @@ class Choice:
 
 
 def choices(per_fact: int) -> list[Choice]:
-    """The first choices of every fact, length of caption and language: always the same ones.
+    """The first `per_fact` choices for every fact, caption length and language: always the same ones.
 
-    A dense caption tells places, and so no direction. A choice's number, which its noise comes from, hangs on per_fact.
+    A dense caption states places, and so no direction. A choice's number, which seeds its noise, depends on per_fact.
     """
     found = []
     for fact, dense in product(FACTS, (False, True)):
@@ -82,7 +82,7 @@ def scenes_that_tell(fact: str, dense: bool) -> Iterator[tuple[int, Scene, Claim
 
 
 def changed(claim: Claim, fact: str, rng: np.random.Generator) -> Claim | None:
-    """The same claim but for one fact; None if it does not speak of that. It may still be true of a scene."""
+    """The claim with one fact changed; None if it does not state that fact. The result may still be true of a scene."""
     first, *rest = claim.things
     if fact in ATTRIBUTES:
         told = getattr(first, fact)
@@ -121,7 +121,7 @@ class CaptionReport:
     results: tuple[Chosen, ...]
 
     def scores(self) -> dict[str, dict[str, float]]:
-        """The shares of right choices, in [0, 1], by fact and by column of `COLUMNS`; none of what nobody chose of."""
+        """The shares of right choices, in [0, 1], by fact and by column of `COLUMNS`; empty ones are left out."""
         shares: dict[str, dict[str, float]] = {}
         for fact, (name, asked) in product((*FACTS, "all"), COLUMNS.items()):
             taken = [

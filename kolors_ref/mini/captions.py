@@ -27,7 +27,7 @@ class _English:
     rng: np.random.Generator
 
     def say(self, claim: Claim) -> str:
-        """The whole claim: its things, their relations if it has any, and the background in front or behind."""
+        """The whole claim: its things, their relations if it has any, and the background before or after."""
         core = self.related(claim) if claim.relations else self.listed(claim.things)
         framed = self.framed(core, claim.things[0].count)
         if claim.background is None:
@@ -46,7 +46,7 @@ class _English:
         )
 
     def framed(self, core: str, count: int) -> str:
-        """A bare phrase for the most part, now and then as a picture of something; a whole sentence stays as it is."""
+        """Mostly the bare phrase, now and then as "a picture of ..."; a sentence or "from ... to" stays as it is."""
         there = "there is" if count == 1 else "there are"
         frames = ("{}", "a picture of {}", "an image of {}", "a drawing of {}", "draw {}", there + " {}")
         frame = pick(self.rng, frames, (10, 1, 1, 1, 1, 1))
@@ -126,7 +126,7 @@ class _Chinese:
     rng: np.random.Generator
 
     def say(self, claim: Claim) -> str:
-        """The whole claim: its things, their relations if it has any, and the background in front or behind."""
+        """The whole claim: its things, their relations if it has any, and the background before or after."""
         core = self.related(claim) if claim.relations else self.listed(claim.things)
         bare = not claim.relations and not any(thing.places for thing in claim.things)
         framed = self.framed(core, bare)
@@ -197,7 +197,7 @@ class _Chinese:
         return f"{self.of(thing.places[0])}的{self.noun_phrase(thing)}" if thing.places else self.noun_phrase(thing)
 
     def noun_phrase(self, thing: Description, known: bool = False) -> str:
-        """Some things behind their number, or one that is `known` without: 一个红色的大圆形, 蓝色方块."""
+        """A noun phrase with numeral and measure word, 一个红色的大圆形, or if `known` without them: 蓝色方块."""
         noun, colour, texture = self.of(thing.shape or "thing"), self.of(thing.colour), self.of(thing.texture)
         of = pick(self.rng, ("的", ""))
         size = self.of(thing.size)

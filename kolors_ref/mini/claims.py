@@ -43,7 +43,7 @@ class Claim:
 
 
 def holds(claim: Claim, scene: Scene) -> bool:
-    """Says whether a scene has just the things that are claimed: some way of assigning them makes every fact true."""
+    """Says whether a scene has exactly the claimed things: some assignment of them makes every fact true."""
     if claim.background not in (None, scene.background):
         return False
     singles, number = [], []  # one description for each thing, and the claim's number of it
@@ -77,11 +77,11 @@ def _matches(described: Description, thing: Thing) -> bool:
 
 
 def choose_claim(scene: Scene, rng: np.random.Generator, dense: bool = False) -> Claim:
-    """Draws what to say of a scene: everything if dense, else shapes, most colours and textures, and some of the rest.
+    """Draws what to say of a scene: everything if dense, else shapes, most colours, and some of the rest.
 
-    An outline or stripes always have a good chance to be named; filled, the rule, is seldom said in short.
-    Where things stand is mostly left open in short, for that is how people ask, and how many there are is then harder
-    to draw than anywhere else.
+    Outlines and stripes are nearly always named; filled, the default, is seldom named in a short caption.
+    Short captions mostly leave open where things stand, for that is how people ask; the right number of things is then
+    hardest to draw.
     """
     groups = _groups(scene)
     if dense:

@@ -85,7 +85,7 @@ def run_evaluation(options: argparse.Namespace) -> None:
 
 
 def judged_pictures(pipe: KolorsPipeline, options: argparse.Namespace, here: Processes) -> Report:
-    """Draws every prompt of MiniPrompts and judges the pictures; the whole report is the first process's."""
+    """Draws the chosen prompts of MiniPrompts and judges the pictures; the first process alone gets the full report."""
     prompts = [prompt for prompt in mini_prompts(options.language) if is_chosen(prompt, options.limit)]
     mine = prompts[here.rank :: here.count]
     with tqdm(total=len(mine), unit="picture", disable=None if here.first else True) as bar:
@@ -94,7 +94,7 @@ def judged_pictures(pipe: KolorsPipeline, options: argparse.Namespace, here: Pro
 
 
 def chosen_captions(pipe: KolorsPipeline, options: argparse.Namespace, here: Processes) -> CaptionReport:
-    """Has the UNet choose between captions; the whole report is the first process's."""
+    """Has the UNet choose between captions; the first process alone gets the full report."""
     offered = [choice for choice in choices(options.limit) if options.language in (None, choice.language)]
     mine, results = offered[here.rank :: here.count], []
     with tqdm(total=len(mine), unit="choice", disable=None if here.first else True) as bar:
@@ -149,7 +149,7 @@ def drawing(
 
 
 def gathered(results: Sequence[T], number: Callable[[T], int], here: Processes) -> tuple[T, ...]:
-    """The results of all processes, in the order of their numbers, in the first process; its own in any other."""
+    """All processes' results, in the order of their numbers, in the first process; in any other only its own."""
     if here.count == 1:
         return tuple(results)
     parts: list[Sequence[T] | None] | None = [None] * here.count if here.first else None

@@ -35,8 +35,8 @@ class Example:
 def example(seed: int, index: int, held_out: bool = False, clean: bool = False) -> Example:
     """Draws example number `index` of a seed.
 
-    With `held_out`, one of combinations of attributes that training must never show. With `clean`, one of the
-    subset for quality tuning: upright, in exact sizes and colours, in line and well apart.
+    With `held_out`, its first thing has a combination of attributes that training must never show. With `clean`, it is
+    of the subset for quality tuning: upright, in exact sizes and colours, in line and well apart.
     """
     rng = generator(seed, index)
     scene = sample_scene(rng, held_out, clean)

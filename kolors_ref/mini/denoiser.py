@@ -34,24 +34,25 @@ SMALL = 0.1
 SNR_LIMIT = 5.0
 """The signal-to-noise ratio beyond which a level counts less (min-SNR, Hang et al. 2023)."""
 EVEN_VARIANCE = 10.0
-"""The variance of noise beyond which a level counts more.
+"""The noise variance at about which levels begin to be weighted up.
 
-The error in the noise falls as 1 / (10 + variance); evened out, all levels count alike (Karras et al. 2022, section 5).
+The error in predicted noise falls as 1 / (10 + variance); with that evened out, all levels count alike (Karras et al.
+2022, section 5).
 """
 GOLDEN = (5**0.5 - 1) / 2
 """Multiples of the golden ratio, modulo 1, are spread evenly: so are the levels of noise of every batch."""
 LEVELS = ((0.0, 0.15, 0.9, 1.0), (0.0, 0.35, 0.9, 1.0))
-"""Shares of the examples, counted from those with the least noise, and the shares of the schedule that they have.
+"""Quantiles of the examples, the least noise first, and the fractions of the schedule that they are mapped to.
 
-Three in four have noise 1.1 to 14 times as strong as the latents, where it is decided what stands where; to prefer the
-middle of a schedule is from Esser et al. 2024, section 3.1.
+Three in four have noise 1.1 to 14 times as strong as the latents, the levels that decide the layout; preferring the
+middle of the schedule follows Esser et al. 2024, section 3.1.
 """
 SHARD = 2048
 """Pictures whose latents are in one file."""
 
 
 class DenoisingLoss(nn.Module):
-    """The UNet with its loss: the squared error of the noise that it predicts."""
+    """The UNet with its loss: the weighted squared error of the noise that it predicts."""
 
     def __init__(self, config: UNetConfig, schedule: NoiseSchedule) -> None:
         super().__init__()
@@ -93,12 +94,12 @@ class DenoisingLoss(nn.Module):
         return self.unet(self.noisy(latents, noise, timestep), timestep, context).float()
 
     def noisy(self, latents: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
-        """Latents and noise, mixed as the schedule has it at timesteps (B,)."""
+        """The latents noised to timesteps (B,): mixed with noise as the schedule prescribes."""
         signal = self.signal[timestep][:, None, None, None]
         return signal.sqrt() * latents + (1 - signal).sqrt() * noise
 
     def weight(self, timestep: Tensor) -> Tensor:
-        """What the squared error counts at timesteps (B,), as (B, 1, 1, 1)."""
+        """The weight of the squared error at timesteps (B,), as (B, 1, 1, 1)."""
         signal = self.signal[timestep][:, None, None, None]
         snr = signal / (1 - signal)
         return (snr.clamp(max=SNR_LIMIT) / snr) * (1 + 1 / (EVEN_VARIANCE * snr))
@@ -177,7 +178,7 @@ def denoising_batches(
         for number, row in zip(numbers, rows, strict=True):
             captions.append(new_caption(scene(row), dense_share, generator(seed + 3, number)))
             noises.append(unit_noise(seed, number, tuple(cached.latents.shape[1:])))
-        # One more each time that all pictures have come, or one would meet the same five levels again and again.
+        # Shifted by one every epoch, or each picture would meet the same five levels again and again.
         timestep = draw_timesteps([number + number // len(cached.latents) for number in numbers], num_timesteps)
         sizes = size_conditions(torch.where(cached.small[rows], CANVAS / 2, float(CANVAS)))
         with torch.no_grad():
@@ -189,7 +190,7 @@ def denoising_batches(
 
 
 def draw_timesteps(numbers: Sequence[int], num_timesteps: int) -> Tensor:
-    """The timesteps (B,) of examples, which numbers in a row decide: spread over all `LEVELS` whatever the first is."""
+    """The timesteps (B,) for example numbers: consecutive ones are spread over all `LEVELS`, whatever the first is."""
     return torch.tensor([int(np.interp(number * GOLDEN % 1, *LEVELS) * num_timesteps) for number in numbers])
 
 
@@ -201,7 +202,7 @@ def size_conditions(original: Tensor) -> Tensor:
 
 
 def new_caption(scene: Scene, dense_share: float, rng: np.random.Generator) -> str:
-    """Draws a caption of a picture; none, now and then."""
+    """Draws a caption of a scene; now and then an empty one."""
     empty, dense = rng.random() < NO_CAPTION, rng.random() < dense_share
     language = pick(rng, LANGUAGES)
     return "" if empty else word(choose_claim(scene, rng, dense), rng, language)

@@ -15,7 +15,7 @@ from .prompts import Prompt
 THUMBNAIL = 96
 """Pixels along one side of a picture on the contact sheet."""
 CELL, MARGIN = THUMBNAIL + 8, 130
-"""Pixels of the contact sheet from one picture to the next, and what stands before the pictures of a row."""
+"""Pixels from one picture of the contact sheet to the next, and those before the first of a row, for its label."""
 
 
 @dataclass(frozen=True)

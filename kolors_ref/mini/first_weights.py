@@ -1,7 +1,7 @@
-"""The first weights of the UNet: what it would otherwise spend its first thousands of steps on.
+"""The initial weights of the UNet: what it would otherwise spend its first few thousand steps on.
 
-Nothing here is knowledge of the world: the UNet starts as the identity, which is all but right where there is little
-but noise; and with text embeddings of even scale, in which the pads, most of every prompt, say nothing yet.
+None of this is knowledge of the world: the UNet starts as the identity, which is nearly right where there is little
+but noise, and with whitened text embeddings, in which the pads, most of every prompt, say nothing yet.
 """
 
 import torch
@@ -16,7 +16,7 @@ from .data import example
 CAPTIONS = 1024
 """Captions that the scale of embeddings is measured on."""
 FLOOR = 1e-4
-"""The least variance, of the greatest, that counts as more than rounding."""
+"""The share of the greatest variance that is added to all, so that rounding is not amplified."""
 VALUE_GAIN, KEY_GAIN = 5.0, 2.0
 """How much larger than usual the cross-attentions' values and keys are: a word is one among many."""
 PAD_SCORE = -8.0
@@ -57,7 +57,7 @@ def sample_embeddings(tokenizer: Tokenizer, text_encoder: GLMEncoder, seed: int)
 
 
 def whitening(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """The symmetric matrix (D, D) that gives rows (N, D), less their mean (D,), unit variance in all directions."""
+    """The symmetric matrix (D, D) that whitens rows (N, D) less their mean, and that mean (D,)."""
     mean = rows.mean(0)
     variances, directions = torch.linalg.eigh(torch.cov((rows - mean).T.double()))
     scaled = directions * (variances + FLOOR * variances.max()).rsqrt()
@@ -65,9 +65,9 @@ def whitening(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def attend_to_words(attention: Attention, norm: nn.LayerNorm, pad: Tensor) -> None:
-    """Makes words louder, and a pad (D,) silent: of value zero, and out of the mean pixel's sight.
+    """Amplifies words and silences a pad (D,): its value is zero, and the mean pixel hardly attends to it.
 
-    The norm before the queries gets a bias, against which the key of a pad is turned.
+    The norm before the queries gets a random bias, and the pad's key points against the query of that bias.
     """
     attention.v.weight.mul_(VALUE_GAIN)
     attention.k.weight.mul_(KEY_GAIN)

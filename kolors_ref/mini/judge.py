@@ -1,6 +1,6 @@
-"""The judge: reads a picture of the small world back into a scene, and holds it against a claim.
+"""The judge: reads a picture of the small world back into a scene, and checks it against a claim.
 
-Classical image analysis, no learning: what differs from the background is split into parts by connection and colour;
+Classical image analysis, no learning: what differs from the background is split into parts by connectivity and colour;
 each part's outer shape is compared with templates, and its inside with what the textures would show there.
 """
 
@@ -114,10 +114,10 @@ def _read_part(pixels: np.ndarray, behind: np.ndarray, mask: np.ndarray) -> list
 
 
 def _flat_colours(pixels: np.ndarray, behind: np.ndarray, mask: np.ndarray) -> list[np.ndarray]:
-    """The mean of each named colour that covers at least a square of 5 pixels somewhere in the mask.
+    """The mean of each named colour that fills at least six squares of 5 x 5 pixels in the mask, overlapping or not.
 
-    Where two colours meet, their mixture can have a third one's name: mostly in too thin a seam to hold such a square.
-    A mixture with the background, as between stripes, must hold a square of 7 to be a colour of its own.
+    Where two colours meet, their mixture can have a third one's name: mostly in too thin a seam to hold such squares.
+    A mixture with the background, as between stripes, must fill a square of 7 x 7 to be a colour of its own.
     """
     names = np.argmin(_distances(pixels, np.array(list(COLOURS.values()))), axis=2)
     cores = [erode(mask & (names == name), 2) for name in range(len(COLOURS))]
@@ -188,7 +188,7 @@ def _shape(portrait: np.ndarray, size: str) -> str:
 
 @cache
 def _templates(size: str) -> tuple[list[str], np.ndarray]:
-    """Every shape in a size, at several angles, sharp and soft: its names, and its portraits (N, GRID * GRID)."""
+    """Every shape in a size, at several angles and two blurs: the names, and the portraits (N, GRID * GRID)."""
     names, portraits = [], []
     for shape, angle in product(SHAPES, (-7.0, -3.5, 0.0, 3.5, 7.0)):
         thing = Thing(shape, "black", size, "filled", CANVAS / 2, CANVAS / 2, SIZES[size], angle)

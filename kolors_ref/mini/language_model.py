@@ -1,7 +1,7 @@
 """Stage two of training: the text encoder as a causal language model of captions (GLM, Du et al. 2022).
 
-Each text says the same three times: in other words, in another order, perhaps in the other language. What the first
-caption says foretells the others, so that it pays to know which colour belonged to which shape; captions alone do not
+Each text says the same thing three times: in other words, in another order, perhaps in the other language. The first
+caption helps to predict the others, so it pays to know which colour belonged to which shape; single captions do not
 ask for that.
 """
 
@@ -27,9 +27,9 @@ TELLINGS = 3
 RELATION_SHARE = 0.5
 """The share of texts that are made to say how things stand to each other, which is the hardest to learn of a text."""
 DENSE_SHARE = 0.15
-"""The share of dense ones in all other texts: they are long, and take the more of the time."""
+"""The share of dense ones among all other texts: being long, they take more of the time."""
 NEARNESS = 8.0
-"""The biases of queries and keys that let a head look some tokens back: larger is sharper."""
+"""The size of the query and key biases that make a head attend some tokens back: larger is sharper."""
 
 
 class LanguageModel(nn.Module):
@@ -51,10 +51,10 @@ class LanguageModel(nn.Module):
         look_back(self.encoder.layers[0].attn, config)
 
     def forward(self, ids: Tensor, targets: Tensor) -> Tensor:
-        """Gives the cross-entropy of the next token, in nats, the mean over captions of the mean over their tokens.
+        """Gives the cross-entropy of the next token, in nats, the mean over texts of the mean over their tokens.
 
         Args:
-            ids: (B, L), filled up on the right.
+            ids: (B, L), padded on the right.
             targets: (B, L), the token after each, or IGNORED.
         """
         batch, length = ids.shape
@@ -82,11 +82,11 @@ class LanguageModel(nn.Module):
 
 @torch.no_grad()
 def look_back(attention: Attention, config: GLMConfig) -> None:
-    """Lets head h begin by looking h + 1 tokens back, so that a noun knows its adjectives from the start.
+    """Initialises head h to attend h + 1 tokens back, so that a noun knows its adjectives from the start.
 
-    Equal biases of queries and keys, turned by their positions (RoFormer, Su et al. 2021), score a key by its distance
-    alone; a query turned back beforehand prefers a key so far back. Left to itself, the language model remembers which
-    colours there were, and finds the last thing's by elimination.
+    Equal query and key biases, rotated by their positions (RoFormer, Su et al. 2021), score a key by its distance
+    alone; a query bias rotated back beforehand prefers the key that far back. Left to itself, the language model
+    remembers which colours there were, and finds the last thing's by elimination.
     """
     attention.qkv.bias.zero_()
     queries, keys, _ = attention.qkv.bias.split(attention.widths)

@@ -1,7 +1,7 @@
-"""The training loop that all stages share. Step s of a run is a function of its number alone, so it can be resumed.
+"""The training loop that all stages share; what a step draws depends on its number alone, so a run can be resumed.
 
 A batch is made from the numbers of its examples; everything random in it comes from these numbers, and nothing is kept
-from one step to the next but weights, their average, and the optimizer's moments.
+from one step to the next but weights, their average, and the optimizer's moments (and in reward tuning a round).
 """
 
 import json
@@ -54,7 +54,7 @@ def train(
 
     Raises:
         ValueError: the checkpoint is damaged or of another run, the batch cannot be shared evenly by the processes, or
-            the loss or its gradient is no longer a number.
+            the loss or its gradient is no longer finite.
         OSError: a checkpoint cannot be written.
     """
     here.check_shares(stage.batch_size, f"examples of a batch of {stage.name}")  # the gradient is a plain mean
@@ -95,13 +95,13 @@ def small_attention(here: Processes) -> AbstractContextManager:
 
 
 def check_finite(stage: Stage, step: int, loss: Tensor, norm: Tensor) -> None:
-    """ValueError if the loss or the norm of its gradient is not a number, before the weights take harm.
+    """Raises ValueError if the loss or its gradient norm is not finite, before the weights are harmed.
 
     The gradient is the mean over all processes, so one that has gone astray stops all of them.
     """
     if not (loss.isfinite() and norm.isfinite()):
         raise ValueError(
-            f"the loss of {stage.name} is {loss.item():g} and its gradient {norm.item():g} at step {step}; "
+            f"the loss of {stage.name} is {loss.item():g} and its gradient norm {norm.item():g} at step {step}; "
             "a lower learning rate may help"
         )
 

@@ -18,7 +18,7 @@ ADAM_RMS = 0.2
 
 
 class Muon(Optimizer):
-    """Steps along the orthogonalised momentum of each matrix, at the learning rate and weight decay of AdamW.
+    """Steps along each matrix's orthogonalised momentum; learning rate and weight decay mean what they do in AdamW.
 
     torch.optim.Muon computes in bf16 everywhere, which takes twice as long as all the rest of a training step on a CPU
     without instructions for it. A convolution's weight (C', C, 3, 3) counts as the matrix (C', 9 C).

@@ -15,8 +15,8 @@ BETAS = (0.9, 0.99)
 class Optimizers:
     """AdamW (Loshchilov and Hutter 2017) and, where the stage has a learning rate for it, Muon.
 
-    The module's `hidden_matrices` are Muon's. Its steps take long, so each process does its share of them, and then all
-    tell each other what came out.
+    The module's `hidden_matrices` are Muon's. Its steps are slow, so each process updates its share of the matrices and
+    broadcasts the result.
     """
 
     def __init__(self, stage: Stage, module: nn.Module, here: Processes) -> None:

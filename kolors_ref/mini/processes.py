@@ -63,7 +63,7 @@ class Processes:
 
 @contextmanager
 def processes(device: str | None = None) -> Iterator[Processes]:
-    """Joins the processes that torchrun started, if it did; on a GPU each by NCCL, on CPUs by gloo.
+    """Joins the other processes that torchrun started, if any: by NCCL on a GPU each, by gloo on CPUs.
 
     Args:
         device: "cpu" or "cuda"; a GPU where there is one if None.

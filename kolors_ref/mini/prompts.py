@@ -136,7 +136,7 @@ def _texture(k: int) -> Claim:
 
 
 def _held_out(k: int) -> Claim:
-    """The colours of shapes that training never shows, alone and in a place; then the textures of shapes."""
+    """Pairs of shape and colour that training never shows, without and with a place; then of shape and texture."""
     if k < 18:
         shape, colour = sorted(HELD_OUT_COLOURS)[k % 9]
         return Claim((Description(shape, colour, places=() if k < 9 else (list(PLACES)[k - 9],)),))

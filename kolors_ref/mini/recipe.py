@@ -43,10 +43,10 @@ SCHEDULER = {
     "timestep_spacing": "leading",
     "steps_offset": 1,
 }
-"""What the miniature asks to be sampled with, in the terms of scheduler_config.json; the betas are the recipe's."""
+"""The sampler that the miniature asks for, as in scheduler_config.json; the betas are the recipe's."""
 
 GUIDANCE_SCALE = 1.5
-"""What the miniature asks to be guided with: more makes it draw more things than it is asked for."""
+"""The guidance scale that the miniature asks for: with a larger one it draws more things than it is asked for."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Stage:
         cooldown: the share of the steps, the last of them, over which the learning rate falls.
         ema_decay: the most that the decay of the moving average of the weights can be, which is what a stage gives; up
             to 9 / (1 - ema_decay) steps the average simply covers about the last ninth of them.
-        save_every: steps between checkpoints; of rewards, whole rounds (`reward_tuning.UPDATES`).
+        save_every: steps between checkpoints; in reward tuning, a multiple of a round's (`reward_tuning.UPDATES`).
     """
 
     name: str
@@ -99,7 +99,7 @@ STAGES = ("glm", "vae", "vae_whole", "vae_decoder", "unet", "unet_tuning", "unet
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a run is asked to do, and what may be different in another; sizes and other constants are the code's.
+    """What a run is asked to do, which may differ between runs; sizes and other constants are in the code.
 
     Attributes:
         seed: of data, weights and noise.

@@ -66,7 +66,7 @@ def copy_stages(folder: Path, other: Path, recipe: Recipe, name: str) -> list[st
         for path in sorted(other.glob(pattern))
     ]
     if not same:
-        raise ValueError(f"no stage of {name} is the same in this run; it takes the same seed and scale")
+        raise ValueError(f"no stage of {name} is the same in this run; seed and scale must be the same")
     folder.mkdir(parents=True, exist_ok=True)
     note_recipe(folder, recipe)
     missing = [path for path in same if not (folder / path.name).exists()]

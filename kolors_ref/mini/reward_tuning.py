@@ -42,18 +42,18 @@ STEPS = 10
 DECODED = 24
 """Pictures decoded at a time: a fifth faster than all at once on a CPU."""
 BACK = 0.3
-"""The share of the way back to the weights that a stage began with that is gone at its end."""
+"""How far the weights go back, at the end of a stage, towards those it began with: 1 would be all the way."""
 TO_ONE = 3
-"""Pictures that tell something, to one whose caption is always right."""
+"""Informative pictures to every one whose caption is always drawn right."""
 CLIP = 2.0
-"""The advantage, in standard deviations of a group, that counts as the most there is."""
+"""The advantage, in standard deviations of its group, at which it is clipped."""
 ALONE, DENSE = 0.8, 0.1
-"""The share of scenes with one thing that is asked for, since these are drawn well already, and of dense captions."""
+"""The share of scenes with one thing that are kept, since these are drawn well already, and that of dense captions."""
 BARE, COLOURED = 0.5, 0.6
-"""The share of captions that say nothing of places and relations, which is harder to draw; of these, the share that may
-tell colours."""
+"""The share of captions that say nothing of places and relations, which are harder to draw; of these, the share that
+may state colours."""
 BENCHMARK = {prompt.claim for prompt in mini_prompts("en")}
-"""What MiniPrompts asks for, and this stage does not; the order of things counts."""
+"""The claims of MiniPrompts, which this stage never makes; the same things in another order are another claim."""
 
 
 class RewardLoss(DenoisingLoss):
@@ -79,7 +79,7 @@ class RewardLoss(DenoisingLoss):
             rightness: (B,) in [0, 1], from the worst of its group to the best; 0.5 is neither.
             before: (B, 4, H/8, W/8), the mirror: the noise that the UNet predicted when the round began or, where
                 rightness is 0.5, before the stage.
-            wrong: (), the share of wrong pictures in the round.
+            wrong: (), the share of wrong pictures among this process's in the round.
         """
         noise_pred = self.predict(latents, noise, timestep, sizes, text, pooled, bias)
         rightness = rightness[:, None, None, None]
@@ -113,12 +113,12 @@ def reward_batches(
 ) -> Callable[[range], tuple[Tensor, ...]]:
     """Gives the function that makes batches of what the policy itself draws, anew every `UPDATES` steps.
 
-    The policy is the moving average of the weights: nothing holds back weights that are compared with themselves, and
-    after some hundred steps everything that they draw is wrong (soft updates, in the paper's terms). Where all
-    pictures of a caption are alike, the mirror is what the UNet predicted before the stage: what is always right would
-    else be forgotten, until it is always wrong, and neither tells anything.
+    The policy is the moving average of the weights (soft updates, in the paper's terms): nothing restrains weights
+    that are compared with themselves, and after some hundred steps everything that they draw is wrong. Where all
+    pictures of a caption are alike, the mirror is what the UNet predicted before the stage: otherwise what is always
+    right would be forgotten until it is always wrong, and neither teaches anything.
 
-    Going on from a checkpoint between two rounds is exact; within one, new pictures are drawn for the rest of it.
+    Resuming from a checkpoint between two rounds is exact; within a round, new pictures are drawn for the rest of it.
     """
     before, start = (deepcopy(policy).eval().requires_grad_(False) for _ in range(2))
     begun, drawn = -1, None
@@ -201,7 +201,7 @@ def asked_for(seed: int, number: int) -> tuple[Claim, str]:
 
 
 def bare(claim: Claim, colours: bool) -> Claim:
-    """The claim without places and relations and, where shapes tell its things apart, perhaps without colours."""
+    """The claim without places and relations; also without colours, unless `colours` or its shapes are not distinct."""
     shapes = {thing.shape for thing in claim.things}
     apart = len(shapes) == len(claim.things) and None not in shapes
     open_facts = {} if colours or not apart else {"colour": None}
@@ -217,7 +217,7 @@ def whole_sizes(count: int) -> Tensor:
 def some_way_back(rewarded: UNet, before: UNet) -> UNet:
     """Gives the rewarded UNet, its weights moved back towards those before (Ramé et al. 2024, WARP, its third stage).
 
-    What rewards made it forget comes back sooner than what it has learnt goes.
+    What rewards made it forget comes back sooner than what they taught it is lost.
     """
     weights = before.state_dict()
     moved = {name: weight.lerp(weights[name], BACK) for name, weight in rewarded.state_dict().items()}
@@ -226,12 +226,14 @@ def some_way_back(rewarded: UNet, before: UNet) -> UNet:
 
 
 def learnt_from(right: list[float], rightness: list[float], rng: np.random.Generator) -> list[int]:
-    """Shuffles the rows of a round that are better or worse than others of their caption, and to three of them one of
-    a caption that is always right; of what is always wrong there is nothing to hold on to.
+    """The rows of a round to learn from, shuffled: informative ones, and to `TO_ONE` of these one always right.
+
+    Informative rows are better or worse than others of their caption; where all are wrong, there is nothing to hold on
+    to.
 
     Args:
         right, rightness: of each row, see `compared`.
-        rng: what decides the order.
+        rng: determines the order.
     """
     rows = shuffle(rng, range(len(rightness)))
     rest = [row for row in rows if rightness[row] == 0.5 and right[row]]

@@ -1,6 +1,6 @@
-"""Drawing scenes by lot: layouts, attributes and positions, all from one random stream.
+"""Sampling scenes: layouts, attributes and positions, all from one random stream.
 
-Only `Generator.random` is used: numpy promises the stream of PCG64, but not the algorithms of `choice` and its kin,
+Only `Generator.random` is used: numpy guarantees the stream of PCG64, but not the algorithms of `choice` and its kin,
 so scene i of a seed stays the same on every machine and under every version.
 """
 
@@ -30,7 +30,7 @@ from .world import (
 LAYOUTS = {"single": 0.35, "row": 0.15, "column": 0.15, "nested": 0.1, "alike": 0.15, "free": 0.1}
 """How often things stand alone, beside each other, one over the other, one in the other, as copies, or anywhere."""
 GAP = 5.0
-"""The least number of pixels between a thing and the edge, and between two things; in clean scenes twice that."""
+"""The least number of pixels between a thing and the edge and, doubled in clean scenes, between two things."""
 
 T = TypeVar("T")
 Look = tuple[str, str, str, str]  # shape, colour, size, texture
@@ -78,7 +78,7 @@ def sample_scene(
 
 
 def _sample_looks(rng: np.random.Generator, layout: str, background: str, held_out: bool) -> list[Look]:
-    """Draws the shape, colour, size and texture of each thing; no two share both shape and colour unless alike."""
+    """Draws the shape, colour, size and texture of each thing; no two share shape and colour unless alike or nested."""
     behind = BACKGROUNDS[background]
     if layout == "single":
         return [_sample_look(rng, behind, held_out, size=pick(rng, tuple(SIZES), (1, 2, 2)))]
@@ -119,7 +119,7 @@ def _sample_look(
 
 
 def _arrange(rng: np.random.Generator, layout: str, looks: list[Look], clean: bool) -> list[Thing]:
-    """Gives every look its extent and its position near the middle of a cell of the grid of places."""
+    """Gives every look its extent, and a position in a cell of the grid of places."""
     form = pick(rng, ("row", "column", "free")) if layout == "alike" else layout
     extents = [SIZES[look[2]] * (1.0 if clean else 0.95 + 0.1 * rng.random()) for look in looks]
     if layout == "alike":

@@ -44,7 +44,7 @@ def train_mini(folder: Path, recipe: Recipe, here: Processes, previous: bool = F
     """Trains a miniature, going on where an interrupted run stopped.
 
     Args:
-        folder: of everything that is written: checkpoints, curves, latents, and at last the model.
+        folder: for everything that is written: checkpoints, curves, latents, and finally the model.
         recipe: what is done.
         here: this process.
         previous: for the stage that is under way, go on from the last checkpoint but one.
@@ -159,7 +159,7 @@ class Run:
         return loss
 
     def rewarded(self, tuned: DenoisingLoss, text_encoder: GLMEncoder, vae: VAE) -> nn.Module:
-        """The UNet after the judge has rewarded pictures that it drew: twice, and each time some way back."""
+        """The UNet after two stages of reward tuning, each followed by moving its weights some way back."""
         schedule, unet = NoiseSchedule(self.recipe.schedule), tuned.unet
         _, sampler = read_scheduler_config(self.recipe.scheduler_config())
         for count, stage in enumerate((self.recipe.unet_reward, self.recipe.unet_reward_again), 1):
@@ -205,7 +205,7 @@ class Run:
 
 @contextmanager
 def held(folder: Path) -> Iterator[None]:
-    """Keeps other runs out of a folder, where system and disk have locks; ValueError if one is under way there."""
+    """Locks a folder against other runs, where system and disk can; raises ValueError if one is under way there."""
     if fcntl is None:
         yield
         return

@@ -19,7 +19,7 @@ KEPT = 2
 
 @dataclass(frozen=True)
 class TrainingState:
-    """Tensors by name after some steps of a stage, and the settings of the run as JSON."""
+    """Tensors by name after some steps of a stage, and the settings of that stage as JSON."""
 
     step: int
     settings: str
@@ -86,13 +86,13 @@ def save_state(folder: Path, stage: str, state: TrainingState) -> None:
 def load_state(folder: Path, stage: str, settings: str, previous: bool = False) -> TrainingState | None:
     """Reads the last checkpoint of a stage, or with `previous` the last but one; None if there is none.
 
-    Raises ValueError if it is damaged, was made with other settings, or is to be passed over and the only one.
+    Raises ValueError if it is damaged, was made with other settings, or is the only one and `previous` is set.
     """
     files = state_files(folder, stage)
     if not files:
         return None
     if previous and len(files) == 1:
-        raise ValueError(f"there is no checkpoint before {files[0]}; remove it to go on without it")
+        raise ValueError(f"there is no checkpoint before {files[0]}; remove this one to start the stage again")
     path = files[-2 if previous else -1]
     step = int(path.stem.removeprefix(f"{stage}-"))
     try:

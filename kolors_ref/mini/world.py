@@ -84,7 +84,7 @@ HELD_OUT_COLOURS = frozenset(
 """One colour of each shape that training never shows: a tenth of the 90 pairs."""
 
 HELD_OUT_TEXTURES = frozenset({("diamond", "striped"), ("cross", "outline")})
-"""Two of the 18 pairs of a shape and a texture other than filled that training never shows."""
+"""Pairs of shape and texture that training never shows: two of the 18 whose texture is not filled."""
 
 MIN_CONTRAST = 90.0
 """The least distance, in RGB, between a thing and what lies behind it."""

@@ -6,7 +6,8 @@ Writes random weights into DIR the first time (full: 18 GB), or takes the checkp
 a process of its own; the contestants take turns. Results are kept in DIR-cpu.json or DIR-cuda.json after each, so an
 interrupted run goes on where it stopped, and parts can be measured one after the other. Linux only.
 
-Exit status 1: something failed, stages or pictures do not agree, or ours took too much memory; 2: wrong arguments.
+Exit status 1: something failed, stages or pictures do not agree, or ours took too much memory; 2: wrong arguments,
+or earlier results of another machine or code.
 See docs/performance.md.
 """
 
@@ -82,9 +83,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--offload",
         choices=["none", "model", "stream"],
         default="none",
-        help="of pictures on a GPU; diffusers' at best",
+        help="for pictures on a GPU: ours, and diffusers at its best",
     )
-    add("--picture-steps", type=check_count, help="of a whole picture; below 25 its time is added up from the stages")
+    add("--picture-steps", type=check_count, help="of a whole picture; unless 25, its time is added up from the stages")
     add("--tokenizer", type=Path, default=TOKENIZER, help="Kolors' tokenizer.model, to write a checkpoint")
     add("--again", action="store_true", help="measure anew what has been measured")
     add("-o", "--output", type=Path, help="a file for the tables")

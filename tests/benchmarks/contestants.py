@@ -1,7 +1,6 @@
-"""How each contestant loads what a job needs: a function gives the call to time.
+"""How each contestant loads what a job needs: a function gives the call to time, which takes the picture's side.
 
-The call takes the side of the picture, so that it can be warmed up on a smaller one. Neither side imports the other's
-library: its import is no part of what a process takes.
+Neither contestant imports the other's library, which would count in the memory that its process takes.
 """
 
 import copy
@@ -168,7 +167,7 @@ def our_unet(folder: Path, job: Job) -> Call:
 
 
 def our_vae(folder: Path, job: Job) -> Call:
-    """The decoder, as our pipeline has it: from fp16 in fp32 on a CPU, and elsewhere where fp16 overflows."""
+    """The decoder, as our pipeline runs it: for fp16 in fp32 on a CPU, and elsewhere only where fp16 overflows."""
     from kolors_ref.decoding import without_overflow
     from kolors_ref.models.vae import VAE
 

@@ -1,9 +1,9 @@
-"""The arithmetic of a picture, ours and diffusers', counted by torch on tensors without memory.
+"""The arithmetic of a picture, ours and diffusers', counted by torch on meta tensors.
 
     python -m tests.benchmarks.flops [--size full|small] [--sides 512,1024] [--steps 25] [--ip-adapter]
 
-Nothing is computed, so the official sizes need neither weights nor time. Counted are matrix products, convolutions and
-attention, a multiplication and an addition as two; additions, norms and activations are not.
+Nothing is computed, so the official sizes need neither weights nor time. Matrix products, convolutions and
+attention are counted, a multiply-add as two; other additions, norms and activations are not.
 """
 
 import argparse
@@ -76,7 +76,7 @@ def on_meta(build: Callable[..., nn.Module], *args: object) -> nn.Module:
 
 
 def folding(network: nn.Module) -> nn.Module:
-    """Lets the weights alone want gradients: torch folds a linear layer to mm then, and bmm is left to attention."""
+    """Makes the weights alone require gradients: torch then folds linear layers to mm, and bmm is left to attention."""
     for name, parameter in network.named_parameters():
         parameter.requires_grad_(name.endswith("weight"))
     return network
@@ -153,7 +153,7 @@ def diffusers(configs: dict, side: int, adapter: IPAdapterConfig | None = None, 
 def both(size: str, side: int, ip_adapter: bool = False) -> dict[str, Stages]:
     """Counts "ours" and "diffusers" for a size of the networks ("small" or "full") and a side of the picture."""
     with_adapter = ADAPTERS[size] if ip_adapter else ()
-    return {count.__name__: count(SIZES[size], side, *with_adapter) for count in (ours, diffusers)}
+    return {contestant.__name__: contestant(SIZES[size], side, *with_adapter) for contestant in (ours, diffusers)}
 
 
 def total(stages: Stages, steps: int) -> int:

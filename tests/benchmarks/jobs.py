@@ -5,7 +5,7 @@ from dataclasses import astuple, dataclass
 
 PARTS = ("text", "image", "unet", "vae", "picture")
 CONTESTANTS = ("ours", "diffusers", "best", "float32")
-"""diffusers as its documentation runs it; at its best (channels-last); the yardstick for errors."""
+"""Ours; diffusers as its documentation runs it; diffusers at its best (channels-last); the reference for errors."""
 
 COMPILED = ("ours", "best")
 """Those that are compiled if asked."""
@@ -27,7 +27,7 @@ class Job:
         dtype, device: to compute in and on, by name.
         side: of the picture in pixels; 0 where it plays no role.
         ip_adapter: with one reference picture.
-        compiled: with torch.compile: for diffusers at its best and for ours, whose pictures then do without offload.
+        compiled: with torch.compile: for diffusers at its best and for ours, whose pictures only without offload.
         steps: of a picture; 0 for the other parts.
         round: 0, 1, ...
         offload: where a picture's weights rest, "none", "model" or "stream": for ours, and for diffusers at its best.

@@ -39,7 +39,7 @@ def describe(device: str) -> dict[str, str | int]:
 
 
 def digest(root: Path) -> str:
-    """A name of the code, another one after every change of it."""
+    """A fingerprint of the code, which changes whenever the code does."""
     found = hashlib.sha256()
     for file in sorted(file for folder in MEASURED for file in (root / folder).rglob("*.py")):
         found.update(f"{file.relative_to(root)}\n".encode() + file.read_bytes())

@@ -24,9 +24,9 @@ In fp32 the arithmetic is the same but for its order. In fp16 and bf16 every lib
 allows for that, and is far below what unrelated pictures of random weights differ by.
 """
 STAGE_BOUNDS = {"float32": 1e-4, "float16": 0.02, "bfloat16": 0.1}
-"""Relative error of a stage's output that is allowed between ours and diffusers, where there is none in fp32."""
+"""Allowed relative error of our stage's output against diffusers', for fp32 or without an fp32 reference."""
 FURTHER = 1.5
-"""How many times as far from fp32 as diffusers' a stage's output of ours may be."""
+"""How many times diffusers' error against fp32 that of our stage's output may be."""
 ALLOWANCE = 3 * 10**9
 """Bytes of anonymous memory that ours may take for a picture of at most 512 x 512 on a CPU, weights being mapped."""
 
@@ -36,13 +36,13 @@ class Difference:
     """Between two pictures, in 1/255."""
 
     largest: float
-    mean_square_root: float
+    root_mean_square: float
 
     def exceeds(self, dtype: str) -> bool:
         """Whether it is more than computing in that number format explains."""
-        largest, mean_square_root = BOUNDS[dtype]
+        largest, root_mean_square = BOUNDS[dtype]
         # Written so that NaN exceeds.
-        return not (self.largest <= largest and self.mean_square_root <= mean_square_root)
+        return not (self.largest <= largest and self.root_mean_square <= root_mean_square)
 
 
 def difference(a: torch.Tensor, b: torch.Tensor) -> Difference:
@@ -233,7 +233,7 @@ def agreement(results: Results, jobs: list[Job], compiled: bool, judged: bool = 
             largest, root = BOUNDS[job.dtype]
             text = (
                 f"{a} and {b} at {job.side}², {job.steps} steps: pictures differ by at most {found.largest:.2f}/255,"
-                f" root mean square {found.mean_square_root:.3f}/255"
+                f" root mean square {found.root_mean_square:.3f}/255"
                 + (f" (bounds in {job.dtype}: {largest} and {root})" if judged else " (not judged)")
             )
             said.append(text)

@@ -20,7 +20,7 @@ from .machine import PeakMemory, synchronise
 
 
 def measure_stage(job: Job, folder: Path) -> tuple[dict[str, float], Tensor]:
-    """Times one call after another just like it; of the yardstick only the output counts."""
+    """Times a call after an identical one as warm-up; of the fp32 reference only the output counts."""
     call = load_stage(folder, job)
     if job.contestant != "float32":
         call(job.side)
@@ -32,7 +32,7 @@ def measure_stage(job: Job, folder: Path) -> tuple[dict[str, float], Tensor]:
 
 
 def measure_picture(job: Job, folder: Path) -> tuple[dict[str, float], Tensor]:
-    """Times the way from the folder to the first step, and a whole picture after that one if it has all its steps."""
+    """Times loading up to the first step and, if the picture has all its steps, a second whole picture."""
     marks: dict[str, float] = {}
 
     def mark(name: str) -> None:
