@@ -28,7 +28,7 @@ RELATION_SHARE = 0.5
 """The share of texts that are made to say how things stand to each other, which is the hardest to learn of a text."""
 DENSE_SHARE = 0.15
 """The share of dense ones among all other texts: being long, they take more of the time."""
-NEARNESS = 8.0
+SHARPNESS = 8.0
 """The size of the query and key biases that make a head attend some tokens back: larger is sharper."""
 
 
@@ -91,7 +91,7 @@ def look_back(attention: Attention, config: GLMConfig) -> None:
     attention.qkv.bias.zero_()
     queries, keys, _ = attention.qkv.bias.split(attention.widths)
     bias = torch.zeros(1, 1, 1, config.head_dim)
-    bias[..., 0:6:2] = NEARNESS  # the three pairs that turn fastest
+    bias[..., 0:6:2] = SHARPNESS  # the three pairs that turn fastest
     keys.copy_(bias.flatten().repeat(config.num_kv_groups))
     back = -1 - torch.arange(config.num_heads)[None]
     turned = rotate(bias.expand(-1, -1, config.num_heads, -1), rotary_angles(back, config.head_dim // 2, bias.dtype))

@@ -34,9 +34,9 @@ class Optimizers:
 
     def step(self, number: int) -> None:
         """Takes step `number` of the stage and drops the gradients."""
-        decay = self.stage.decay_at(number)
+        factor = self.stage.rate_factor(number)
         for part, rate in zip(self.parts, (self.stage.learning_rate, self.stage.matrix_rate), strict=False):
-            part.param_groups[0]["lr"] = rate * decay
+            part.param_groups[0]["lr"] = rate * factor
         for part in self.parts:
             part.step()
             part.zero_grad()

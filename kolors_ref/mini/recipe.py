@@ -80,7 +80,7 @@ class Stage:
     ema_decay: float = 0.999
     save_every: int = 200
 
-    def decay_at(self, step: int) -> float:
+    def rate_factor(self, step: int) -> float:
         """What the learning rates are multiplied by at a step, counted from 0."""
         last = self.final_learning_rate / self.learning_rate
         remaining = min(1.0, max(0, self.steps - step) / max(1, self.steps * self.cooldown))

@@ -213,7 +213,7 @@ def test_no_checkpoint_is_taken_within_a_round_of_rewards(capsys, monkeypatch, s
 def test_few_steps_reach_the_full_learning_rate():
     for steps in (1, 50, 1000):
         stage = Recipe().with_unet_steps(steps).unet
-        assert max(stage.decay_at(step) for step in range(steps)) > 0.8
+        assert max(stage.rate_factor(step) for step in range(steps)) > 0.8
 
 
 def test_evaluation_prints_and_writes(capsys, small_checkpoint, tmp_path):

@@ -262,20 +262,20 @@ def test_learning_rates_rise_in_a_line_and_fall_as_a_cosine():
     stage = Stage("any", 1000, 8, 1e-3, 1e-5, warmup=100)
     cosine = [1e-5 + (1e-3 - 1e-5) * (1 + math.cos(math.pi * step / 1000)) / 2 for step in range(1000)]
     for step in range(1000):
-        assert 1e-3 * stage.decay_at(step) == pytest.approx(cosine[step] * min(1, (step + 1) / 100), rel=1e-12)
-    rates = [1e-3 * stage.decay_at(step) for step in range(1000)]
+        assert 1e-3 * stage.rate_factor(step) == pytest.approx(cosine[step] * min(1, (step + 1) / 100), rel=1e-12)
+    rates = [1e-3 * stage.rate_factor(step) for step in range(1000)]
     assert rates[0] == pytest.approx(1e-5)
     assert max(rates) == pytest.approx(1e-3, rel=0.03)
     assert rates[99:] == sorted(rates[99:], reverse=True)
     assert rates[-1] == pytest.approx(1e-5, rel=1e-3)
-    assert 1e-3 * stage.decay_at(5000) == pytest.approx(1e-5)
+    assert 1e-3 * stage.rate_factor(5000) == pytest.approx(1e-5)
 
 
 def test_a_stage_made_shorter_keeps_its_rates():
     stage = Stage("any", 7000, 32, 1e-3, 2e-4).scaled(0.01)
     assert (stage.steps, stage.warmup, stage.save_every) == (70, 1, 200)
     assert (stage.learning_rate, stage.final_learning_rate) == (1e-3, 2e-4)
-    assert 1e-3 * stage.decay_at(35) == pytest.approx(6e-4)
+    assert 1e-3 * stage.rate_factor(35) == pytest.approx(6e-4)
 
 
 def recorded(folder, stage):
@@ -306,7 +306,7 @@ def test_the_result_is_the_moving_average_of_the_weights(tmp_path):
 def test_each_step_goes_as_far_as_its_rate_says(tmp_path):
     """Adam's first step moves every weight by the rate, and the decay of weights comes on top."""
     weights, _ = recorded(tmp_path, STAGE)
-    rate = 1e-2 * STAGE.decay_at(0)
+    rate = 1e-2 * STAGE.rate_factor(0)
     assert rate == pytest.approx(1e-2 / 3)
     for before, after in list(zip(weights[0], weights[1], strict=True))[1:]:
         moved = (after - before * (1 - 0.01 * rate)).abs()
@@ -316,15 +316,15 @@ def test_each_step_goes_as_far_as_its_rate_says(tmp_path):
 def test_muon_steps_alike_in_all_directions(tmp_path):
     """The singular values of its step lie around 0.2 sqrt(8) rate for a matrix (8, 5), whatever the gradient's."""
     weights, _ = recorded(tmp_path, STAGE)
-    rate = 2e-2 * STAGE.decay_at(0)
+    rate = 2e-2 * STAGE.rate_factor(0)
     before, after = weights[0][0], weights[1][0]
     assert before.shape == (8, 5)
     sizes = torch.linalg.svdvals((after - before * (1 - 0.01 * rate)).double())[:3] / (0.2 * 8**0.5 * rate)
     assert ((sizes > 0.5) & (sizes < 1.3)).all()
     (tmp_path / "adam").mkdir()
     with_adam, _ = recorded(tmp_path / "adam", replace(STAGE, matrix_rate=None))
-    moved = (with_adam[1][0] - before * (1 - 0.01 * 1e-2 * STAGE.decay_at(0))).abs()
-    torch.testing.assert_close(moved, torch.full_like(moved, 1e-2 * STAGE.decay_at(0)), rtol=1e-3, atol=0)
+    moved = (with_adam[1][0] - before * (1 - 0.01 * 1e-2 * STAGE.rate_factor(0))).abs()
+    torch.testing.assert_close(moved, torch.full_like(moved, 1e-2 * STAGE.rate_factor(0)), rtol=1e-3, atol=0)
 
 
 if __name__ == "__main__":
