@@ -32,19 +32,19 @@ def oracle(exported):
     return pipe
 
 
-@pytest.mark.parametrize("guidance_scale", [GUIDANCE_SCALE, 2.0, 1.0])
-def test_diffusers_draws_the_same_pictures(oracle, guidance_scale):
-    """Guided as the weights ask for, and about as much: pixels are 7e-5 apart at most.
+@pytest.mark.parametrize(("guidance_scale", "most"), [(GUIDANCE_SCALE, 0.1), (3.0, 0.1), (1.0, 0.1), (6.5, 1.0)])
+def test_diffusers_draws_the_same_pictures(oracle, guidance_scale, most):
+    """Up to a guidance of 3 they are 0.01/255 apart at most.
 
-    With 3 and more they are not sure of "two green stars" any longer: 1e-7 more or less of the first noise then moves
-    pixels of ours by 5e-3. Kolors' guidance of 6.5 is compared on random weights, in test_pipeline.py.
+    With Kolors' 6.5 the weights are not sure of "two green stars" any longer, and it is 0.13/255: there 1e-7 more or
+    less of the first noise moves our own pixels by 0.02/255.
     """
     settings = {"num_inference_steps": 25, "guidance_scale": guidance_scale, "output_type": "np"}
     noise = lambda: torch.Generator().manual_seed(11)
     theirs = oracle(PROMPTS, negative_prompt=[""] * len(PROMPTS), generator=noise(), **settings).images
     ours = Ours.from_pretrained("mini", torch.float32)(PROMPTS, generator=noise(), **settings)
     assert theirs.std() > 0.1
-    assert np.abs(ours - theirs).max() <= 0.1 / 255
+    assert np.abs(ours - theirs).max() <= most / 255
 
 
 def test_networks_in_double_precision(exported):
