@@ -278,8 +278,12 @@ def replace_forward(unet, noise_pred):
     return unet
 
 
+LATER = (100, 101)
+"""Rounds that nothing is learnt from: 48 pictures each."""
+
+
 def test_rewards_grow(monkeypatch, tmp_path):
-    """With a judge who likes bright pictures, the miniature draws brighter ones after four rounds."""
+    """With a judge who likes the brighter half of the pictures, the miniature draws more such after four rounds."""
     pipe = KolorsPipeline.from_pretrained("mini", dtype=torch.float32)
     policy = RewardLoss(pipe.unet.config, SCHEDULE)
     policy.unet.load_state_dict(pipe.unet.state_dict())
@@ -290,12 +294,13 @@ def test_rewards_grow(monkeypatch, tmp_path):
     monkeypatch.setattr(
         reward_tuning, "judge", lambda picture, claim: seen.append(picture.mean()) or Verdict(False, NO_SCENE)
     )
-    draw(policy.unet, 100)
+    for number in LATER:
+        draw(policy.unet, number)
     middle = np.median(seen)
     monkeypatch.setattr(reward_tuning, "judge", lambda picture, claim: Verdict(picture.mean() > middle, NO_SCENE))
-    assert draw(policy.unet, 100).wrong.item() == pytest.approx(0.5, abs=0.03)
     stage = Stage("reward", 4 * UPDATES, 32, 5e-4, 2.5e-4, weight_decay=0.0, warmup=6, ema_decay=0.9)
     average = average_of(stage, policy)
     batches = reward_batches(average.module, draw, 0, stage.batch_size, HERE)
     trained = train(stage, policy, batches, tmp_path, HERE, average=average)
-    assert draw(trained.unet, 100).wrong.item() < 0.33
+    wrong = [draw(trained.unet, number).wrong.item() for number in LATER]
+    assert np.mean(wrong) < 0.33
