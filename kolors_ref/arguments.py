@@ -24,7 +24,7 @@ Size = tuple[int, int]
 
 
 def free_name(stem: str, taken: Container[str]) -> str:
-    """Gives `style`, or `style-2`, `style-3` ... if that is taken."""
+    """Returns `style`, or `style-2`, `style-3` ... if that is taken."""
     candidates = chain([stem], (f"{stem}-{number}" for number in count(2)))
     return next(name for name in candidates if name not in taken)
 
@@ -59,7 +59,7 @@ def check_interval(name: str, value: tuple[float, float]) -> None:
 
 
 def check_side(name: str, value: int, multiple: int = 8) -> int:
-    """Gives value back; raises unless it is a possible height or width of a picture, in pixels."""
+    """Returns value; raises unless it is a possible height or width of a picture, in pixels."""
     check_count(name, value)
     if value % multiple:
         near = max(value // multiple, 1) * multiple
@@ -70,7 +70,7 @@ def check_side(name: str, value: int, multiple: int = 8) -> int:
 
 
 def check_size(name: str, value: Size) -> Size:
-    """Gives value as a tuple; raises unless it is a pair of numbers, in pixels."""
+    """Returns value as a tuple; raises unless it is a pair of numbers, in pixels."""
     if not isinstance(value, tuple | list) or len(value) != 2:
         raise TypeError(f"{name} must be a pair of numbers in pixels, not {value!r}")
     for side in value:
@@ -85,7 +85,7 @@ def check_output_type(output_type: str) -> None:
 
 
 def check_prompts(prompt: str | Sequence[str] | None, embeds: TextEmbeddings | None) -> list[str] | None:
-    """Gives the prompts as a list, None where embeddings are given instead."""
+    """Returns the prompts as a list, None where embeddings are given instead."""
     if embeds is not None:
         if prompt is not None:
             raise ValueError("both prompt and prompt_embeds are given; give one of them")
@@ -99,7 +99,7 @@ def check_prompts(prompt: str | Sequence[str] | None, embeds: TextEmbeddings | N
 def check_negative_prompts(
     negative: str | Sequence[str] | None, embeds: TextEmbeddings | None, count: int
 ) -> list[str] | None:
-    """Gives the negative prompts as a list of `count`, None where there are none or embeddings are given instead."""
+    """Returns the negative prompts as a list of `count`, None where there are none or embeddings are given instead."""
     if embeds is not None:
         if negative:
             raise ValueError("both negative_prompt and negative_prompt_embeds are given; give one of them")
@@ -118,7 +118,7 @@ def check_negative_prompts(
 
 
 def as_prompts(name: str, prompt: str | Sequence[str]) -> list[str]:
-    """Gives one or several prompts as a list."""
+    """Returns one or several prompts as a list."""
     prompts = [prompt] if isinstance(prompt, str) else prompt
     if not isinstance(prompts, list | tuple) or not all(isinstance(text, str) for text in prompts):
         raise TypeError(f"{name} must be a string or a list of strings, not {prompt!r}")
@@ -159,7 +159,7 @@ def check_generators(generator: Generators, count: int) -> None:
 
 
 def check_latents(latents: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Gives latents back; raises unless they are a finite tensor of this shape."""
+    """Returns latents; raises unless they are a finite tensor of this shape."""
     if not isinstance(latents, Tensor):
         raise TypeError(f"latents must be a tensor, not {type(latents).__name__}")
     if latents.shape != shape:

@@ -296,8 +296,8 @@ def generate(options: argparse.Namespace) -> None:
 
 
 def output_paths(options: argparse.Namespace, output: Path, count: int) -> dict[int, Path]:
-    """Gives the file of each wanted picture among `count`; ValueError if none of these is wanted, OSError where a file
-    cannot be written."""
+    """Returns the file of each wanted picture among `count`; ValueError if none of these is wanted, OSError where a
+    file cannot be written."""
     wanted = [index for index in range(count) if options.index in (None, index)]
     if not wanted:
         raise ValueError(f"{options.repeat} is picture {options.index} of its run, but {count} are asked for")
@@ -327,14 +327,14 @@ def split_scale(lora: str) -> tuple[str, float]:
 
 
 def input_files(options: argparse.Namespace) -> list[Path]:
-    """Gives the files other than the model that a picture is made from."""
+    """Returns the files other than the model that a picture is made from."""
     loras = [split_scale(lora)[0] for lora in options.lora or []]
     files = (options.unet, options.image, *(options.ip_image or []), *(options.ip_adapter or []), *loras)
     return [Path(file) for file in files if file is not None]
 
 
 def check_inputs(options: argparse.Namespace) -> dict[str, str]:
-    """Gives the content hash of every file in `input_files`.
+    """Returns the content hash of every file in `input_files`.
 
     Raises FileNotFoundError if one is missing, and ValueError if one changed since the picture to repeat was made.
     """
@@ -357,7 +357,7 @@ def check_inputs(options: argparse.Namespace) -> dict[str, str]:
 
 
 def recorded(options: argparse.Namespace, pipe: "KolorsPipeline", seed: int) -> dict[str, Any]:
-    """Gives the parameters that make a picture again, for `--repeat`."""
+    """Returns the parameters that make a picture again, for `--repeat`."""
     record = {name: value for name, value in vars(options).items() if name not in UNRECORDED}
     record.update(seed=seed, dtype=str(pipe.dtype).removeprefix("torch."))
     return {name: str(value) if isinstance(value, Path) else value for name, value in record.items()}

@@ -16,7 +16,7 @@ OVERLAP = 32
 
 
 def without_overflow(vae: VAE, inputs: Iterable[Tensor], work: Callable[[VAE, Tensor], Tensor]) -> list[Tensor]:
-    """Gives work(vae, x) for each of the inputs.
+    """Returns work(vae, x) for each of the inputs.
 
     The first result that is not finite in fp16, whose largest number is 65504, is recomputed in fp32, and those after
     it are computed in fp32 only.
@@ -66,12 +66,12 @@ def decode_tiled(vae: VAE, latents: Tensor, tile: int = TILE, overlap: int = OVE
 
 
 def tile_starts(size: int, tile: int, overlap: int) -> list[int]:
-    """Gives where tiles begin that cover `size` latents, evenly spaced and overlapping by `overlap` at least."""
+    """Returns where tiles begin that cover `size` latents, evenly spaced and overlapping by `overlap` at least."""
     gaps = max(math.ceil((size - tile) / (tile - overlap)), 0)
     return [round(i * (size - tile) / gaps) for i in range(gaps + 1)] if gaps else [0]
 
 
 def blend_weights(size: int, overlap: int) -> Tensor:
-    """Gives the weights (size,) of a tile's pixels: rising over the overlap from either edge, then 1."""
+    """Returns the weights (size,) of a tile's pixels: rising over the overlap from either edge, then 1."""
     position = torch.arange(size) + 0.5
     return torch.minimum(position, size - position).div(max(overlap, 1)).clamp(max=1.0)

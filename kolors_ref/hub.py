@@ -10,7 +10,7 @@ PLAIN = ("*.json", "*.model", "*.bin")
 
 
 def fetch(repository: str, variant: str | None) -> Path:
-    """Gives the folder of a repository's checkpoint, downloading the files of one variant unless they are cached.
+    """Returns the folder of a repository's checkpoint, downloading the files of one variant unless they are cached.
 
     Args:
         repository: its id, "owner/name".

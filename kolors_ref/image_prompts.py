@@ -115,7 +115,7 @@ def attention_blocks(config: UNetConfig) -> list[Block]:
 
 
 def layer_scales(scale: float | Mapping[str, Any], config: UNetConfig) -> list[float]:
-    """Gives the scale of every cross-attention, in order of execution: 70 for the official UNet.
+    """Returns the scale of every cross-attention, in order of execution: 70 for the official UNet.
 
     Args:
         scale: one number for all; or {"down": ..., "mid": ..., "up": ...}, each a number, a list with a number for each
@@ -160,7 +160,7 @@ def _check_names(scales: Mapping[str, Any], known: Sequence[str], where: str) ->
 
 
 def read_masks(mask: Any, height: int, width: int) -> list[Tensor]:
-    """Gives masks as tensors (h, w) in [0, 1], 1 where a reference picture counts.
+    """Returns masks as tensors (h, w) in [0, 1], 1 where a reference picture counts.
 
     Args:
         mask: a Pillow image, which is resized to height and width and binarised, middle grey and above being white;
@@ -263,7 +263,7 @@ def image_layers(
 def layer_weights(
     scale: float | Mapping[str, Any], mask: Tensor | None, unet: UNet, height: int, width: int
 ) -> list[float | Tensor | None]:
-    """Gives a picture's weight in every cross-attention: scale times mask, or None where the scale is 0."""
+    """Returns a picture's weight in every cross-attention: scale times mask, or None where the scale is 0."""
     scales = [number or None for number in layer_scales(scale, unet.config)]
     if mask is None:
         return scales
@@ -274,7 +274,7 @@ def layer_weights(
 def _views(
     tokens: Tensor, scales: list[Any], masks: list[Tensor] | None
 ) -> Iterator[tuple[Tensor, Any, Tensor | None]]:
-    """Gives what is attended to at a time: all pictures' tokens (B, N T, D), or picture by picture with its mask."""
+    """Returns what is attended to at a time: all pictures' tokens (B, N T, D), or picture by picture with its mask."""
     num_pictures = tokens.shape[1]
     if len(scales) != 1 and (masks is None or len(scales) != num_pictures):
         raise ValueError(
@@ -290,7 +290,7 @@ def _views(
 
 
 def _for_each(name: str, value: Any, count: int) -> list[Any]:
-    """Gives the entry of each of `count` adapters; for a single adapter the whole value is its entry."""
+    """Returns the entry of each of `count` adapters; for a single adapter the whole value is its entry."""
     if count == 0:
         raise ValueError(f"{name} is given, but no IP-Adapter is loaded; load one with load_ip_adapter")
     if value is None:
@@ -304,7 +304,7 @@ def _for_each(name: str, value: Any, count: int) -> list[Any]:
 
 
 def _check_embeds(embeds: Any, adapter: Adapter, guided: bool) -> Tensor:
-    """Gives the rows (B, N, L, D) of encoded pictures that a request needs: both branches, or the pictures' alone."""
+    """Returns the rows (B, N, L, D) of encoded pictures that a request needs: both branches, or the pictures' alone."""
     given = _flat(embeds)
     if len(given) != 1 or not isinstance(given[0], Tensor):
         kinds = ", ".join(type(one).__name__ for one in given)

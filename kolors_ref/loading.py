@@ -232,7 +232,7 @@ def check_device(device: torch.device | str) -> torch.device:
 
 
 def find_folder(path: str | Path, variant: str | None) -> Path:
-    """Gives the folder of a checkpoint: "mini" is the embedded one, and the id of a hub repository is fetched.
+    """Returns the folder of a checkpoint: "mini" is the embedded one, and the id of a hub repository is fetched.
 
     Raises:
         FileNotFoundError: a repository could not be fetched, or the `hub` extra is not installed.

@@ -181,7 +181,7 @@ class Slot:
         self.holds: Unit | None = None
 
     def views(self, memory: Tensor, unit: Unit) -> Iterator[Tensor]:
-        """Gives the place of each weight of a unit in the buffer or its twin."""
+        """Returns the place of each weight of a unit in the buffer or its twin."""
         start = 0
         for weight in unit.weights:
             size = weight.stored.numel() * weight.absent.element_size()
@@ -278,7 +278,7 @@ class PinnedStream:
 
 
 def make_carrier(mode: str, device: torch.device) -> Carrier | None:
-    """Gives what moves the weights of all networks, or None if they stay; ValueError for an unknown mode."""
+    """Returns what moves the weights of all networks, or None if they stay; ValueError for an unknown mode."""
     if mode not in MODES:
         raise ValueError(f"offload is {mode!r}; it must be one of {', '.join(MODES)}")
     if mode == "none":
@@ -369,20 +369,20 @@ def make_way(network: nn.Module, carrier: Carrier) -> None:
 
 
 def computed_once(network: nn.Module) -> set[nn.Module]:
-    """Gives the modules that compute once per picture: all of a text encoder; of the UNet what `prepare` calls."""
+    """Returns the modules that compute once per picture: all of a text encoder; of the UNet what `prepare` calls."""
     if not isinstance(network, UNet):
         return set(network.modules())
     return {network.text_proj, *network.size_embed.modules(), *projections(network)}
 
 
 def projections(network: nn.Module) -> set[nn.Module]:
-    """Gives the projections of cross-attentions to keys and values."""
+    """Returns the projections of cross-attentions to keys and values."""
     attentions = [module.cross_attn for module in network.modules() if isinstance(module, TransformerBlock)]
     return {projection for attention in attentions for projection in (attention.k, attention.v)}
 
 
 def parameters_by_unit(network: nn.Module) -> dict[nn.Module, dict[str, nn.Parameter]]:
-    """Gives the parameters that the call of a block, or of a layer outside of blocks, needs, by their full names.
+    """Returns the parameters that the call of a block, or of a layer outside of blocks, needs, by their full names.
 
     Each cross-attention projection to keys or values is a unit of its own.
     """

@@ -42,7 +42,7 @@ def save_picture(image: Image.Image, path: Path, parameters: dict[str, Any]) -> 
 
 
 def read_parameters(path: Path) -> dict[str, Any]:
-    """Gives the parameters that a picture was made with.
+    """Returns the parameters that a picture was made with.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -65,6 +65,6 @@ def read_parameters(path: Path) -> dict[str, Any]:
 
 
 def content_hash(path: Path) -> str:
-    """Gives the SHA-256 of a file, in hexadecimal."""
+    """Returns the SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

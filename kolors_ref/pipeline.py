@@ -327,7 +327,7 @@ class KolorsPipeline:
         return height, check_side("width", native if request.width is None else request.width, self.factor)
 
     def _embed(self, request: Request) -> TextEmbeddings:
-        """Gives the embeddings of the negative prompts (if guided), then of the prompts; all texts in one pass."""
+        """Returns the embeddings of the negative prompts (if guided), then of the prompts; all texts in one pass."""
         prompts, negatives, count = request.prompts, request.negative_prompts, request.num_prompts
         texts = prompts or []
         zeros = negatives is None and request.negative_prompt_embeds is None and self.zero_empty_negative

@@ -151,7 +151,7 @@ class Request:
         return self.guidance_scale > 1
 
     def starts(self, given: int) -> list[int]:
-        """Gives, for every picture to make, the index of the picture that it starts from, among the `given` ones.
+        """Returns, for every picture to make, the index of the picture that it starts from, among the `given` ones.
 
         Pictures of the same prompt start from the same one if `given` divides the number of prompts.
         """
@@ -170,7 +170,7 @@ class Request:
             raise ValueError("ip_adapter_mask is given without a reference picture; give ip_adapter_image as well")
 
     def sizes(self, height: int, width: int) -> tuple[Tensor, Tensor]:
-        """Gives the size conditions of the negative branch and of the other, each (6,), for a picture of this size."""
+        """Returns the size conditions of the negative branch and of the positive one, each (6,), for this size."""
         names = ("original_size", "crops_coords_top_left", "target_size")
         defaults = ((height, width), (0, 0), (height, width))
         positive = check_sizes(names, [getattr(self, name) for name in names], defaults)
@@ -183,6 +183,6 @@ class Request:
 
 
 def check_sizes(names: Sequence[str], given: Sequence[Size | None], defaults: Sequence[Size]) -> list[float]:
-    """Gives three pairs of pixels one after the other, a default for each that is None."""
+    """Returns three pairs of pixels one after the other, a default for each that is None."""
     pairs = [default if pair is None else pair for pair, default in zip(given, defaults, strict=True)]
     return [float(side) for name, pair in zip(names, pairs, strict=True) for side in check_size(name, pair)]

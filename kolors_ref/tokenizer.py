@@ -78,7 +78,7 @@ class Tokenizer:
         self.vocab_size = first + len(SPECIAL_TOKENS)
 
     def encode(self, prompt: str) -> list[int]:
-        """Gives the ids of one prompt, prefix included, neither padded nor truncated.
+        """Returns the ids of one prompt, prefix included, neither padded nor truncated.
 
         Raises:
             ValueError: the prompt is not valid Unicode.

@@ -35,7 +35,7 @@ class AutoencoderLoss(nn.Module):
         self.vae = VAE(config)
 
     def forward(self, pixels: Tensor, noise: Tensor) -> Tensor:
-        """Gives the loss for pictures (B, 3, H, W) in [-1, 1] and unit noise (B, 4, H/8, W/8)."""
+        """Returns the loss for pictures (B, 3, H, W) in [-1, 1] and unit noise (B, 4, H/8, W/8)."""
         posterior = self.vae.encode(pixels)
         error = self.vae.decode(posterior.sample(noise)).float() - pixels
         scale = self.vae.config.scaling_factor
@@ -52,7 +52,7 @@ class DecoderLoss(nn.Module):
         self.post_quant_conv, self.decoder = vae.post_quant_conv, vae.decoder
 
     def forward(self, latents: Tensor, pixels: Tensor, weight: Tensor) -> Tensor:
-        """Gives the loss.
+        """Returns the loss.
 
         Args:
             latents: (B, 4, H/8, W/8), not scaled.
@@ -64,7 +64,7 @@ class DecoderLoss(nn.Module):
 
 
 def picture_batches(seed: int, config: VAEConfig, crop: int = CANVAS) -> Callable[[range], tuple[Tensor, Tensor]]:
-    """Gives the function that makes pictures, or square crops of them, and noise from the numbers of examples."""
+    """Returns the function that makes pictures, or square crops of them, and noise from the numbers of examples."""
 
     def batch(numbers: range) -> tuple[Tensor, Tensor]:
         """The arguments of `AutoencoderLoss.forward`."""
@@ -83,7 +83,7 @@ def picture_batches(seed: int, config: VAEConfig, crop: int = CANVAS) -> Callabl
 
 
 def decoder_batches(seed: int, vae: VAE, here: Processes) -> Callable[[range], tuple[Tensor, Tensor, Tensor]]:
-    """Gives the function that makes latents, whole pictures and weights of pixels from the numbers of examples."""
+    """Returns the function that makes latents, whole pictures and weights of pixels from the numbers of examples."""
     size = CANVAS // vae.config.downscale
 
     @torch.no_grad()

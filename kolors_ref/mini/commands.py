@@ -131,7 +131,7 @@ def is_chosen(prompt: Prompt, limit: int) -> bool:
 def drawing(
     pipe: KolorsPipeline, options: argparse.Namespace, bar: tqdm
 ) -> Callable[[Sequence[Prompt]], list[Image.Image]]:
-    """Gives the function that draws prompts; the noise of each comes from the seed and its number alone."""
+    """Returns the function that draws prompts; the noise of each comes from the seed and its number alone."""
 
     def draw(prompts: Sequence[Prompt]) -> list[Image.Image]:
         """Draws a picture of each."""

@@ -69,7 +69,7 @@ class DenoisingLoss(nn.Module):
         pooled: Tensor,
         bias: Tensor,
     ) -> Tensor:
-        """Gives the loss.
+        """Returns the loss.
 
         Args:
             latents, noise: (B, 4, H/8, W/8), both of unit scale.
@@ -165,7 +165,7 @@ def denoising_batches(
     tokenizer: Tokenizer,
     text_encoder: GLMEncoder,
 ) -> Callable[[range], tuple[Tensor, ...]]:
-    """Gives the function that makes a batch from the numbers of its examples.
+    """Returns the function that makes a batch from the numbers of its examples.
 
     A picture comes again and again, each time with another caption and other noise.
     """

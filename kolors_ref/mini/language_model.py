@@ -51,7 +51,7 @@ class LanguageModel(nn.Module):
         look_back(self.encoder.layers[0].attn, config)
 
     def forward(self, ids: Tensor, targets: Tensor) -> Tensor:
-        """Gives the cross-entropy of the next token, in nats, the mean over texts of the mean over their tokens.
+        """Returns the cross-entropy of the next token, in nats, the mean over texts of the mean over their tokens.
 
         Args:
             ids: (B, L), padded on the right.
@@ -102,7 +102,7 @@ def look_back(attention: Attention, config: GLMConfig) -> None:
 
 
 def caption_batches(tokenizer: Tokenizer, seed: int) -> Callable[[range], tuple[Tensor, Tensor]]:
-    """Gives the function that makes a batch of token ids and targets from the numbers of its examples."""
+    """Returns the function that makes a batch of token ids and targets from the numbers of its examples."""
     end, prefix = tokenizer.special_ids["eop"], len(tokenizer.prefix)
 
     def text(number: int) -> list[int]:

@@ -72,7 +72,7 @@ class RewardLoss(DenoisingLoss):
         before: Tensor,
         wrong: Tensor,
     ) -> Tensor:
-        """Gives the loss: the error of the prediction in right pictures, that of its mirror image in wrong ones.
+        """Returns the loss: the error of the prediction in right pictures, that of its mirror image in wrong ones.
 
         Args:
             latents, noise, timestep, sizes, text, pooled, bias: see `DenoisingLoss.forward`.
@@ -111,7 +111,7 @@ class Round:
 def reward_batches(
     policy: RewardLoss, draw: Callable[[UNet, int], Round], seed: int, batch_size: int, here: Processes
 ) -> Callable[[range], tuple[Tensor, ...]]:
-    """Gives the function that makes batches of what the policy itself draws, anew every `UPDATES` steps.
+    """Returns the function that makes batches of what the policy itself draws, anew every `UPDATES` steps.
 
     The policy is the moving average of the weights (soft updates, in the paper's terms): nothing restrains weights
     that are compared with themselves, and after some hundred steps everything that they draw is wrong. Where all
@@ -156,7 +156,7 @@ def judged_drawing(
     seed: int,
     here: Processes,
 ) -> Callable[[UNet, int], Round]:
-    """Gives the function that draws this process's pictures of a round with a UNet, and has them judged.
+    """Returns the function that draws this process's pictures of a round with a UNet, and has them judged.
 
     Raises ValueError for a number of processes that cannot share the captions of a round evenly.
     """
@@ -215,7 +215,7 @@ def whole_sizes(count: int) -> Tensor:
 
 
 def some_way_back(rewarded: UNet, before: UNet) -> UNet:
-    """Gives the rewarded UNet, its weights moved back towards those before (Ramé et al. 2024, WARP, its third stage).
+    """Returns the rewarded UNet, its weights moved back towards those before (Ramé et al. 2024, WARP, its third stage).
 
     What rewards made it forget comes back sooner than what they taught it is lost.
     """

@@ -31,7 +31,7 @@ class RMSNorm(nn.Module):
 
 
 def rotary_angles(position_ids: Tensor, dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Gives the cosines and sines of every position's angles, each (B, 1, L, dim / 2) (RoFormer, Su et al. 2021).
+    """Returns the cosines and sines of every position's angles, each (B, 1, L, dim / 2) (RoFormer, Su et al. 2021).
 
     The table is made in float32 and, for a half-precision model, rounded to its dtype: the official weights were
     trained with the rounded table.

@@ -141,7 +141,7 @@ class Upsample(nn.Conv2d):
         return y
 
     def enlarge(self, x: Tensor, size: tuple[int, int]) -> Tensor:
-        """Gives what is convolved in effect: x (B, C, h, w) with its pixels copied, (B, C, *size)."""
+        """Returns what is convolved in effect: x (B, C, h, w) with its pixels copied, (B, C, *size)."""
         return F.interpolate(x, size=size)
 
 

@@ -195,11 +195,11 @@ class Posterior:
     std: Tensor
 
     def mode(self) -> Tensor:
-        """Gives the most probable latents, (B, 4, H/8, W/8)."""
+        """Returns the most probable latents, (B, 4, H/8, W/8)."""
         return self.mean
 
     def sample(self, noise: Tensor) -> Tensor:
-        """Gives the latents that unit noise (B, 4, H/8, W/8) selects."""
+        """Returns the latents that unit noise (B, 4, H/8, W/8) selects."""
         return self.mean + self.std * noise
 
 
@@ -229,5 +229,5 @@ class VAE(nn.Module):
         return self.decoder(self.post_quant_conv(self.laid_out(latents / self.config.scaling_factor)))
 
     def laid_out(self, x: Tensor) -> Tensor:
-        """Gives x (B, C, h, w) in the layout to compute in."""
+        """Returns x (B, C, h, w) in the layout to compute in."""
         return x.contiguous(memory_format=memory_format(self.quant_conv.weight))
