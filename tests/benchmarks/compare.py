@@ -1,4 +1,4 @@
-"""Ours beside diffusers' on the same checkpoint, seed and number format: times, memory, agreement, in Markdown.
+"""Ours beside diffusers' on the same checkpoint, seed and dtype: times, memory, agreement, in Markdown.
 
     python -m tests.benchmarks.compare --folder DIR [--size small|full]
 
@@ -197,7 +197,7 @@ def run_all(jobs: list[Job], folder: Path, store: Store, again: bool) -> None:
 
 
 def weight_bytes(folder: Path, dtype: str) -> dict[str, int]:
-    """Bytes of the weights that a call of each of our stages reads, once each, in the number format computed in."""
+    """Bytes of the weights that a call of each of our stages reads, once each, in the dtype computed in."""
     networks, found = open_checkpoint(folder).networks, {}
     for part, name in (("text", "text_encoder"), ("unet", "unet"), ("vae", "vae")):
         tensors = networks[name].tensors

@@ -39,7 +39,7 @@ class Difference:
     root_mean_square: float
 
     def exceeds(self, dtype: str) -> bool:
-        """Whether it is more than computing in that number format explains."""
+        """Whether it is more than computing in that dtype explains."""
         largest, root_mean_square = BOUNDS[dtype]
         # Written so that NaN exceeds.
         return not (self.largest <= largest and self.root_mean_square <= root_mean_square)
@@ -67,7 +67,7 @@ class Results:
         outputs: the folder of what was computed in the first round.
         flops: by side and whether with an IP-Adapter, then "ours" and "diffusers".
         limits: FLOP/s and bytes/s of the machine.
-        weight_bytes: what our stages read of the checkpoint at each call, in the number format computed in.
+        weight_bytes: what our stages read of the checkpoint at each call, in the dtype computed in.
     """
 
     figures: dict[str, dict]

@@ -298,6 +298,8 @@ def test_rewards_grow(monkeypatch, tmp_path):
         draw(policy.unet, number)
     middle = np.median(seen)
     monkeypatch.setattr(reward_tuning, "judge", lambda picture, claim: Verdict(picture.mean() > middle, NO_SCENE))
+    wrong = [draw(policy.unet, number).wrong.item() for number in LATER]
+    assert np.mean(wrong) == pytest.approx(0.5, abs=0.03)
     stage = Stage("reward", 4 * UPDATES, 32, 5e-4, 2.5e-4, weight_decay=0.0, warmup=6, ema_decay=0.9)
     average = average_of(stage, policy)
     batches = reward_batches(average.module, draw, 0, stage.batch_size, HERE)

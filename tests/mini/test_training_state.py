@@ -183,7 +183,10 @@ def test_there_is_none_before_the_only_one(tmp_path):
     """To begin anew without a word would be to throw away what was learnt."""
     assert load(tmp_path, previous=True) is None
     save(tmp_path, 10)
-    with pytest.raises(ValueError, match=r"no checkpoint before .*tiny-00000010\.safetensors; remove this one"):
+    with pytest.raises(
+        ValueError,
+        match=r"no checkpoint before .*tiny-00000010\.safetensors; remove this one to start the stage again$",
+    ):
         load(tmp_path, previous=True)
 
 
