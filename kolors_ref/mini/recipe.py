@@ -115,7 +115,7 @@ class Recipe:
 
     seed: int = 0
     tokenizer_captions: int = 20000
-    glm: Stage = Stage("glm", 4000, 32, 1.5e-3, 1e-5, matrix_rate=5e-3, weight_decay=0.1)
+    glm: Stage = Stage("glm", 6000, 32, 1.5e-3, 1e-5, matrix_rate=5e-3, weight_decay=0.1)
     vae: Stage = Stage("vae", 5500, 24, 2e-3, 2e-4)
     vae_whole: Stage = Stage("vae-whole", 1000, 4, 2e-4, 1e-6)
     vae_decoder: Stage = Stage("vae-decoder", 3000, 4, 5e-4, 1e-5)
