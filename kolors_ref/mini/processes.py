@@ -1,6 +1,7 @@
 """Several processes, as torchrun starts them, that work together: who this one is, and how they meet."""
 
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -9,6 +10,9 @@ import torch
 import torch.distributed as dist
 
 from ..precision import fast_dtype
+
+CONNECTION_LOST = re.compile("Connection (closed|reset) by peer")
+"""What gloo says to a process when another one has ended."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,7 @@ def processes(device: str | None = None) -> Iterator[Processes]:
 
     Raises:
         ValueError: the device does not exist here, or there are fewer GPUs than processes.
+        ConnectionError: another process has ended in the middle of the work.
     """
     kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if kind not in ("cpu", "cuda"):
@@ -87,5 +92,10 @@ def processes(device: str | None = None) -> Iterator[Processes]:
         yield Processes(0, 1, place)
         return
     dist.init_process_group("nccl" if kind == "cuda" else "gloo", device_id=place if kind == "cuda" else None)
-    yield Processes(dist.get_rank(), count, place)
+    try:
+        yield Processes(dist.get_rank(), count, place)
+    except RuntimeError as error:
+        if not CONNECTION_LOST.search(str(error)):
+            raise
+        raise ConnectionError("another process has ended; its own message or torchrun's says why") from error
     dist.destroy_process_group()  # not after an error: NCCL would wait for the others, and torchrun ends them

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -479,6 +480,21 @@ def test_two_processes_share_muon_out_and_both_have_all_of_it(shared):
             torch.testing.assert_close(two[name], tensor, rtol=1e-6, atol=1e-7)
     for name, tensor in start.items():
         assert (one[name] - tensor).abs().max() > 1e-2
+
+
+def test_a_process_that_is_left_alone_says_so():
+    """Started without torchrun, which would end it, perhaps before it notices."""
+    work = "if here.first: sys.exit(1)\n    here.wait()"
+    script = f"import sys\nfrom kolors_ref.mini.processes import processes\nwith processes('cpu') as here:\n    {work}"
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    common = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    start = partial(subprocess.Popen, [sys.executable, "-c", script], stderr=subprocess.PIPE, text=True)
+    first, second = (start(env={**common, "RANK": rank}) for rank in ("0", "1"))
+    errors = second.communicate(timeout=100)[1]
+    assert "ConnectionError: another process has ended; its own message or torchrun's says why\n" in errors
+    first.communicate(timeout=100)
+    assert (first.returncode, second.returncode) == (1, 1)
 
 
 def test_only_the_first_process_writes(shared):
