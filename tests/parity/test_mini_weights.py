@@ -32,7 +32,9 @@ def oracle(exported):
     return pipe
 
 
-@pytest.mark.parametrize(("guidance_scale", "most"), [(GUIDANCE_SCALE, 0.1), (1.0, 0.1), (3.0, 0.1), (6.5, 1.0)])
+@pytest.mark.parametrize(
+    ("guidance_scale", "most"), [(GUIDANCE_SCALE, 0.1), (1.0, 0.1), (2.0, 0.1), (3.0, 0.1), (6.5, 1.0)]
+)
 def test_diffusers_draws_the_same_pictures(oracle, guidance_scale, most):
     """Up to a guidance of 3 they are 0.01/255 apart at most.
 
